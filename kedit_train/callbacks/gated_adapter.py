@@ -24,7 +24,7 @@ from kedit_train.data import EditDataset
 from kedit_train.errors import EditError, warn
 from kedit_train.paths import PATH
 
-# A warning is issued if the gate opened in none of the first rows. This is their number.
+# A warning is issued if the gate did not open in some of the first rows. This is their number.
 _EXAMPLES = 32
 # A radius below this fraction of the length of its key is not larger than the rounding errors of half precision.
 _SMALL = 1e-3
@@ -34,10 +34,11 @@ class GatedAdapter(EditCallback):
     """Let a LoRA adapter act only near the prompts of the edits.
 
     The run trains a LoRA adapter. This callback adds a gate to it, before the first step. The gate stores a key for
-    each prompt: the hidden state of its last token at the input of one decoder block. If a chat template gives a prompt
-    one form in training and another in generation, each form has a key. In each row, the adapter acts from the first
-    position whose hidden state lies within the radius of a key. At earlier positions, and in rows without such a
-    position, the output of the model is bit for bit the output of the unedited model in the same batch.
+    each prompt: the hidden state of its last token at the input of one decoder block. Some chat templates write a
+    prompt differently in training and in generation. Then each form has a key. If the training dataset contains a
+    prompt with other text before it, such as a system prompt, this form has a key, too. In each row, the adapter acts
+    from the first position whose hidden state lies within the radius of a key. At earlier positions, and in rows
+    without such a position, the output of the model is bit for bit the output of the unedited model in the same batch.
 
     The radius of a key is ``margin`` times its distance to the nearest position of the held texts. Held texts are
     ``texts``, prompts of the edits with other subjects, and the beginnings of the prompts of the edits. With ``margin``
@@ -45,8 +46,8 @@ class GatedAdapter(EditCallback):
     beginning of a held text.
 
     The adapter is trained through the gate, so training and inference are the same. The gate stays on the model after
-    training. Its attribute ``gate`` can remove it. Until then, the model saves the gate with the adapter, and cannot be
-    merged. ``path`` saves the adapter and the gate, and
+    training, also after an interruption. To remove it, call ``gate.remove()``. Until then, the model saves the gate
+    with the adapter, and cannot be merged or trained again. ``path`` saves the adapter and the gate, and
     :func:`~kedit_train.load_model` loads both. Without the gate, the adapter is an ordinary adapter that acts on every
     input.
 
@@ -54,7 +55,8 @@ class GatedAdapter(EditCallback):
         texts: a source of held texts, or a :class:`Texts`.
         margin: radius as a fraction of the distance to the nearest held position, in (0, 1].
         layer: index of the decoder block whose inputs are compared with the keys. None takes the first block with an
-            adapter. A higher index is an error.
+            adapter. A higher index is an error. At block 0, the hidden state of a token is its embedding, so a held
+            text with the last token of a prompt is an error.
         neighbors: number of additional held prompts per edit: the prompt of the edit with a name from the texts in
             place of its subject (:func:`~kedit_train.data.neighbor_prompts.neighbor_prompts`). With them, fewer prompts
             about other subjects lie within a radius. Edits without a subject have no such prompts.
@@ -74,7 +76,8 @@ class GatedAdapter(EditCallback):
 
     Raises:
         EditError: an argument is out of range, the edits are unknown, the model has no new LoRA adapter, the adapter
-            or the scope also changes the model outside of the gate, or the folder cannot be written.
+            or the scope also changes the model outside of the gate, a held text has the same hidden state as a key, or
+            the folder cannot be written.
 
     References:
         - "Aging with GRACE: Lifelong Model Editing with Discrete Key-Value Adaptors", arXiv 2211.11031.
@@ -136,7 +139,8 @@ class GatedAdapter(EditCallback):
         self.texts, self.margin, self.layer, self.neighbors = Texts.of(texts), margin, layer, neighbors
         self.path, self.limit, self.batch_size = path, limit, batch_size
         self.gate: Gate | None = None
-        self._distance, self._complete, self._warned = 0.0, False, False
+        self._distance, self._complete = 0.0, False
+        self._checked = self._warned = False
         self._run: EditRun | None = None
         self._handle: Any = None
         self._rows, self._opened = 0, torch.zeros(())
@@ -144,14 +148,13 @@ class GatedAdapter(EditCallback):
     def prepare(self, run: EditRun) -> None:
         self.texts.check()
         run.causal_model()
-        self.gate, self._complete, self._warned = None, False, False
+        self.gate, self._complete = None, False
+        self._checked = self._warned = False
         if self.edits is not None:
             own = EditDataset.of(self.edits)
             # The held texts leave out evaluation prompts of these edits.
             run.edits = run.edits or own
         adapted = find_adapted_layers(run.model)
-        if find_gate(run.model) is not None:
-            raise EditError("the model already has a gate; remove it with gate.remove(), or load the base model again.")
         self._layer_of(adapted)
         if self.path is not None:
             _check_base_name(run.model)
@@ -165,6 +168,10 @@ class GatedAdapter(EditCallback):
                 "the edits of this run are unknown; pass edits= (a path, a list of Edit or an EditDataset), or add "
                 "EditMetrics(edits)."
             )
+        interrupted = find_gate(run.model)
+        if interrupted is not None:
+            # The run resumes on the model of the interrupted run, which has kept its gate.
+            interrupted.remove()
         adapted = find_adapted_layers(run.model)
         check_scope(run, adapted)
         check_unused(run, adapted)
@@ -176,6 +183,11 @@ class GatedAdapter(EditCallback):
         nearest = nearest_distances(run, adapted, layer, keys, prompts, [*held, *prompts], batch_size=self.batch_size)
         keys, nearest = broadcast_from_first([keys, nearest])
         radii = self.margin * nearest
+        if same := int((nearest == 0).sum()):
+            raise EditError(
+                f"{same} of {len(radii)} keys have the same hidden state as a position of a held text, so no radius "
+                "separates them; adapt only blocks from 1 on (layers_to_transform), and leave out layer=0."
+            )
         small = int((radii < _SMALL * keys.norm(dim=1)).sum())
         if small:
             warn(
@@ -200,14 +212,9 @@ class GatedAdapter(EditCallback):
         self._handle = adapted.backbone.register_forward_hook(weak_hook(self._count))
 
     def after_step(self, run: EditRun) -> None:
-        if self._warned or self._rows < _EXAMPLES:
-            return
-        self._warned = True
-        if not int(self._opened):
-            warn(
-                f"the gate was open in none of the first {self._rows} training examples, so the adapter does not "
-                "learn; the training examples must contain the prompts of edits=, in the same prompt format."
-            )
+        if not self._checked and self._rows >= _EXAMPLES:
+            self._checked = True
+            self._warn_about_closed_rows()
 
     def metrics(self, run: EditRun) -> dict[str, float]:
         if self.gate is None:
@@ -221,6 +228,7 @@ class GatedAdapter(EditCallback):
         if self.gate is None:
             return
         self._complete = True
+        self._warn_about_closed_rows()
         if self.path is None or not run.host.is_main:
             return
         save_adapter(run.model, run.tokenizer(self.texts.tokenizer), Path(self.path))
@@ -245,12 +253,14 @@ class GatedAdapter(EditCallback):
         self.gate.keys, self.gate.radii = (state[name].to(self.gate.keys.device) for name in ("keys", "radii"))
         self._distance, self._warned = state["distance"], state["warned"]
         self._rows, self._opened = state["rows"], torch.tensor(float(state["opened"]))
+        self._checked = self._rows >= _EXAMPLES
 
     def detach(self, run: EditRun) -> None:
         if self._handle is not None:
             self._handle.remove()
         self._handle, self._run = None, None
-        if self.gate is not None and not self._complete:
+        # After an interruption, the adapter is partly trained. Without the gate, it would act on every input.
+        if self.gate is not None and not self._complete and not run.step:
             self.gate.remove()
 
     def _layer_of(self, adapted: AdaptedLayers) -> int:
@@ -264,11 +274,23 @@ class GatedAdapter(EditCallback):
 
     def _held(self, run: EditRun) -> list[list[int]]:
         """Return the token ids of the held texts, and of the prompts with other subjects."""
-        held = self.texts.tokenize(run, limit=self.limit)
+        held = self.texts.tokenize(run, limit=self.limit, reason="the adapter must act there")
         neighbors = neighbor_texts(run, self.texts, self.neighbors) if self.neighbors else None
         if neighbors is not None:
             held += neighbors.tokenize(run)
         return held
+
+    def _warn_about_closed_rows(self) -> None:
+        """Warn once if the gate stayed closed in training examples, which the adapter then does not learn."""
+        closed = self._rows - int(self._opened)
+        if not closed or self._warned:
+            return
+        self._warned = True
+        warn(
+            f"{closed} of {self._rows} training examples do not open the gate, so the adapter does not learn them; "
+            "they must contain the prompts of edits=, in the same prompt format; in a plain loop, set "
+            "editing(prompt_format=)."
+        )
 
     def _count(self, backbone: Any, args: Any, output: Any) -> None:
         """Count the rows of a training batch, and those in which the gate is open. Penalties read other texts."""

@@ -12,6 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from kedit_train.core.fsdp import full_tensor, reshard
 from kedit_train.core.full_precision import FullPrecision
+from kedit_train.core.gate.guards import check_not_gated_before
 from kedit_train.core.host import Host
 from kedit_train.core.interrupted import check_not_interrupted, mark_interrupted
 from kedit_train.core.output_head import OutputHead
@@ -150,6 +151,7 @@ class EditRun(RunState):
 
     def _begin(self) -> None:
         check_not_interrupted(self)
+        check_not_gated_before(self)
         check_requirements(self.callbacks)
         follow_strategy(self)
         follow_dtype(self)

@@ -33,6 +33,8 @@ def key_distances(states: Tensor, keys: Tensor) -> Tensor:
 def matches(states: Tensor, keys: Tensor, radii: Tensor) -> Tensor:
     """Return whether each state lies within the radius of a key. A state on the boundary is inside.
 
+    A radius of 0 contains no state, not even the key itself.
+
     Args:
         states: [positions, hidden], any floating dtype.
         keys: [keys, hidden], fp32.
@@ -46,7 +48,7 @@ def matches(states: Tensor, keys: Tensor, radii: Tensor) -> Tensor:
         >>> matches(torch.tensor([[0.0, 1.0], [0.0, 2.0], [7.0, 0.0]]), keys, radii)
         tensor([ True, False,  True])
     """
-    return (key_distances(states, keys) <= radii).any(dim=-1)
+    return ((key_distances(states, keys) <= radii) & (radii > 0)).any(dim=-1)
 
 
 def opened_from(near: Tensor, before: Tensor) -> Tensor:

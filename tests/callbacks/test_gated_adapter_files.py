@@ -119,6 +119,9 @@ def test_other_folders_and_links_are_refused(tmp_path):
         with pytest.raises(EditError, match=rf"^GatedAdapter: path='.*{name}' {message}") as error:
             save(tmp_path / name)
         assert "\n" not in str(error.value)
+    for name in ("notes/notes.txt/new", "notes/notes.txt/deeper/new"):
+        with pytest.raises(EditError, match=rf"^GatedAdapter: a parent of path='.*{name}' is a file; choose another"):
+            save(tmp_path / name)
     assert not any((tmp_path / "target").iterdir())
     assert (tmp_path / "notes" / "notes.txt").read_text() == "mine"
 
@@ -223,6 +226,23 @@ def test_a_gated_adapter_or_a_second_adapter_is_not_trained(tmp_path):
         arguments += ["--data.path", str(tmp_path / "edits.jsonl"), "--data.texts", str(tmp_path / "texts.txt")]
         with pytest.raises(EditError, match=message):
             sft.build(recipe.parse([*arguments, *(["--model.lora", "null"] if lora is None else [])]))
+
+
+def test_a_gate_that_cannot_be_read_is_an_error(tmp_path):
+    save(tmp_path / "new")
+    gate, weights = tmp_path / "new" / "gate.safetensors", tmp_path / "new" / "adapter_model.safetensors"
+    stored = gate.read_bytes()
+    for make in (lambda: gate.symlink_to(tmp_path / "gone"), gate.mkdir):
+        gate.unlink()
+        make()
+        with pytest.raises(EditError, match=r"gate\.safetensors") as error:
+            load_model(str(tmp_path / "new"))
+        assert "\n" not in str(error.value)
+    gate.rmdir()
+    gate.write_bytes(stored)
+    weights.unlink()
+    with pytest.raises(EditError, match="has a gate, but no adapter weights"):
+        Gate.load(tmp_path / "new")
 
 
 def test_an_adapter_whose_base_is_an_adapter_is_refused(tmp_path):

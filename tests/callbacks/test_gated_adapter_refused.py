@@ -23,9 +23,9 @@ from kedit_train.data import Edit
 from kedit_train.errors import EditError
 
 
-def test_a_failed_run_leaves_no_gate_and_a_second_edit_is_refused():
+def test_a_run_that_fails_before_its_first_step_leaves_no_gate_and_a_second_edit_is_refused():
     class Stop(TokenLoss):
-        def after_step(self, run: Any) -> None:
+        def attach(self, run: Any) -> None:
             raise KeyError("broken on purpose")
 
     model, tokenizer = world.load()
@@ -36,35 +36,48 @@ def test_a_failed_run_leaves_no_gate_and_a_second_edit_is_refused():
     assert find_gate(model) is None
     model = adapted(world.load()[0])
     train(model, tokenizer, edits, [GatedAdapter(TEXTS, edits=edits)], 1)
-    with pytest.raises(EditError, match=r"^GatedAdapter: the model already has a gate; remove it"):
-        train(model, tokenizer, edits, [GatedAdapter(TEXTS, edits=edits)], 1)
+    for callback in (GatedAdapter(TEXTS, edits=edits), TokenLoss()):
+        message = f"^{type(callback).__name__}: the model is already gated and cannot be edited again; load the base "
+        with pytest.raises(EditError, match=message):
+            train(model, tokenizer, edits, [callback], 1)
     find_gate(model).remove()  # type: ignore[union-attr]
     with pytest.raises(
-        EditError, match=r"^GatedAdapter: lora_B.* is not zero, so the adapter already changes the model"
+        EditError,
+        match=r"^GatedAdapter: lora_B.* is not zero, so the adapter already changes the model.*leave out init_lora",
     ):
         train(model, tokenizer, edits, [GatedAdapter(TEXTS, edits=edits)], 1)
 
 
-def test_a_radius_of_zero_and_examples_that_do_not_open_the_gate_get_a_warning():
+def test_a_radius_of_zero_is_refused_and_a_small_one_gets_a_warning():
     model, tokenizer = world.load()
     edits = EditDataset(world.edits(4))
     # At the input of block 0, the state of a token does not depend on the tokens before it.
     texts = [f"The{edit.prompt[edit.prompt.rindex(' ') :]} and" for edit in edits]
     callback = GatedAdapter(texts, edits=edits, layer=0)
-    with pytest.warns(
-        UserWarning, match=r"^GatedAdapter: \d of 4 keys have nearly the same hidden state as a held text"
-    ):
+    with pytest.raises(EditError, match=r"^GatedAdapter: 4 of 4 keys have the same hidden state as .* a held text"):
         train(adapted(model), tokenizer, edits, [callback], 1)
+    model, callback = adapted(world.load()[0]), GatedAdapter(TEXTS, edits=edits, margin=1e-4)
+    with pytest.warns(UserWarning, match=r"^GatedAdapter: \d of 4 keys have nearly the same hidden state as a held"):
+        train(model, tokenizer, edits, [callback], 1)
+
+
+@pytest.mark.parametrize("count", [4, 40])
+def test_examples_that_do_not_open_the_gate_get_one_warning(count):
+    tokenizer, edits = world.load()[1], EditDataset(world.edits(4))
     model = adapted(world.load()[0])
-    others = EditDataset(world.edits(40, seed=9)[8:])
+    others = EditDataset(world.edits(count + 8, seed=9)[8:])
     known = {edit.prompt for edit in edits}
     others = EditDataset([edit for edit in others if edit.prompt not in known])
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        train(model, tokenizer, others, [GatedAdapter(TEXTS, edits=edits, margin=0.01)], 2)
-    messages = [str(one.message) for one in caught]
-    expected = "GatedAdapter: the gate was open in none of the first "
-    assert sum(message.startswith(expected) for message in messages) == 1
+        gated = GatedAdapter(TEXTS, edits=edits, margin=0.01)
+        train(model, tokenizer, EditDataset([*others, *edits[:1]]), [gated], 2)
+    rows = (len(others) + 1) * (1 if len(others) >= 31 else 2)
+    closed = rows * len(others) // (len(others) + 1)
+    expected = f"GatedAdapter: {closed} of {rows} training examples do not open the gate, so the adapter does not learn"
+    messages = [str(one.message) for one in caught if "do not open the gate" in str(one.message)]
+    assert len(messages) == 1
+    assert messages[0].startswith(expected)
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,11 @@ def test_a_state_matches_if_it_is_within_the_radius_of_one_key():
     assert matches(states, keys, radii).tolist() == [True, False, True, False, True]
 
 
+def test_a_radius_of_zero_matches_nothing():
+    keys = torch.tensor([[0.0, 0.0], [10.0, 0.0]])
+    assert matches(keys, keys, torch.tensor([0.0, 1.0])).tolist() == [False, True]
+
+
 def test_a_gate_opens_at_the_first_match_and_stays_open():
     near = torch.rand(40, 9) < 0.15
     before = torch.rand(40) < 0.2

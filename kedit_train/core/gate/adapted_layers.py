@@ -56,6 +56,9 @@ def find_adapted_layers(model: Any) -> AdaptedLayers:
     if adapter != "default":
         # PEFT saves an adapter with another name in a subfolder, where the gate would not be found.
         raise EditError(f'the adapter must have the name "default", got {adapter!r}; leave out adapter_name=.')
+    kind = getattr(config.peft_type, "value", config.peft_type)
+    if kind != "LORA":
+        raise EditError(f"a gate needs a LoRA adapter, got {kind}; use LoraConfig.")
     if getattr(config, "bias", "none") != "none":
         raise EditError(f'LoRA biases act on every input, so bias must be "none", got {config.bias!r}.')
     inner = model.get_base_model()

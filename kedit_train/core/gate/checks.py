@@ -83,5 +83,5 @@ def check_unused(run: EditRun, adapted: AdaptedLayers) -> None:
             if bool(torch.count_nonzero(factor.detach())):
                 raise EditError(
                     f"{name} is not zero, so the adapter already changes the model, but a closed gate gives the output "
-                    "without adapter; start with a new LoRA adapter."
+                    "without adapter; start with a new LoRA adapter, and leave out init_lora_weights=."
                 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -14,12 +15,43 @@ from kedit_train.core.cache.layer_stack import call_arguments
 from kedit_train.core.gate.adapted_layers import find_adapted_layers
 from kedit_train.core.gate.gate_cache import add_open, open_before
 from kedit_train.core.gate.gate_file import read_gate
-from kedit_train.core.gate.guards import GATE, check_switches, guard, unguard
+from kedit_train.core.gate.guards import (
+    ALREADY_GATED,
+    GATE,
+    NO_NAMES,
+    check_switches,
+    find_gate,
+    guard,
+    unguard,
+)
 from kedit_train.errors import EditError
 from kedit_train.functional.key_distance import matches, opened_from
 
 # An attribute of a tensor of hidden states: the state of the gate in the forward pass that computed the tensor.
 _STATE = "_kedit_gate_open"
+
+
+class _ForwardPass(threading.local):
+    """The state of the current forward pass of one thread.
+
+    Attributes:
+        real: which positions are tokens and not padding, [rows, positions], bool.
+        before: whether the gate was open before the first of these positions, [rows], bool.
+        open: whether the gate is open, [rows, positions], bool.
+        outputs: the outputs of base layers, by the id of the layer.
+        opened_rows: whether the gate was open in each row of the last forward pass, [rows], bool.
+    """
+
+    def __init__(self) -> None:
+        self.real: Tensor | None = None
+        self.before: Tensor | None = None
+        self.open: Tensor | None = None
+        self.outputs: dict[int, Tensor] = {}
+        self.opened_rows: Tensor | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A copied or pickled gate is in no forward pass.
+        return _ForwardPass, ()
 
 
 class Gate:
@@ -38,20 +70,19 @@ class Gate:
         radii: [keys], fp32.
         layer: index of the decoder block whose inputs are compared with the keys.
 
-    Attributes:
-        opened_rows: whether the gate was open at a position of each row of the last forward pass, [rows], bool.
+    Several threads may call the model at the same time. Each thread has its own state of a forward pass.
     """
 
     def __init__(self, keys: Tensor, radii: Tensor, layer: int) -> None:
         self.keys, self.radii, self.layer = keys.float(), radii.float(), layer
-        self.opened_rows: Tensor | None = None
         self._handles: list[Any] = []
         self._model: Any = None
-        # The state of the current forward pass.
-        self._real: Tensor | None = None
-        self._before: Tensor | None = None
-        self._open: Tensor | None = None
-        self._outputs: dict[int, Tensor] = {}
+        self._pass = _ForwardPass()
+
+    @property
+    def opened_rows(self) -> Tensor | None:
+        """Whether the gate was open at a position of each row of this thread's last forward pass, [rows], bool."""
+        return self._pass.opened_rows
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> Gate:
@@ -76,7 +107,7 @@ class Gate:
         """
         adapted = find_adapted_layers(model)
         if find_gate(model) is not None:
-            raise EditError("the model already has a gate; remove it with gate.remove(), or load the base model again.")
+            raise EditError(ALREADY_GATED)
         if not 0 <= self.layer <= adapted.first:
             raise EditError(
                 f"the layer of the gate must be at most {adapted.first}, the first block with an adapter, got "
@@ -121,11 +152,12 @@ class Gate:
     @contextmanager
     def opened_at(self, is_open: Tensor) -> Iterator[None]:
         """Context manager: open the gate at these positions [rows, positions], for calls of single layers."""
-        before, self._open = self._open, is_open
+        own = self._pass
+        before, own.open = own.open, is_open
         try:
             yield
         finally:
-            self._open, self._outputs = before, {}
+            own.open, own.outputs = before, {}
 
     # -- one forward pass, in the order of the calls
 
@@ -133,73 +165,68 @@ class Gate:
         inputs = call_arguments(backbone, args, kwargs)
         tokens = inputs["input_ids"] if "input_ids" in inputs else inputs["inputs_embeds"]
         rows, length = tokens.shape[:2]
-        self._before = open_before(inputs.get("past_key_values"), rows, tokens.device)
-        self._real = _real_tokens(inputs.get("attention_mask"), rows, length, tokens.device)
-        _check_not_packed(inputs, self._real)
-        self._open, self._outputs = None, {}
+        own = self._pass
+        own.before = open_before(inputs.get("past_key_values"), rows, tokens.device)
+        own.real = _real_tokens(inputs.get("attention_mask"), rows, length, tokens.device)
+        _check_not_packed(inputs, own.real)
+        own.open, own.outputs = None, {}
 
     def _decide(self, block: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        hidden = _hidden(args, kwargs)
-        if self._real is None or self._before is None or hidden is None:
+        own, hidden = self._pass, _hidden(args, kwargs)
+        if own.real is None or own.before is None or hidden is None:
             return
         if self.keys.device != hidden.device:
             self.keys, self.radii = self.keys.to(hidden.device), self.radii.to(hidden.device)
         with torch.no_grad():
             near = matches(hidden.detach().flatten(0, 1), self.keys, self.radii).view(hidden.shape[:2])
-            self._open = opened_from(near & self._real.to(near.device), self._before.to(near.device))
+            own.open = opened_from(near & own.real.to(near.device), own.before.to(near.device))
 
     def _mark(self, block: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Store the state with the input of a block, from which gradient checkpointing computes the block again."""
         hidden = _hidden(args, kwargs)
-        if hidden is not None and self._open is not None and self._real is not None:
-            setattr(hidden, _STATE, self._open)
+        if hidden is not None and self._pass.open is not None and self._pass.real is not None:
+            setattr(hidden, _STATE, self._pass.open)
 
     def _recall(self, child: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         state = getattr(_hidden(args, kwargs), _STATE, None)
         if state is not None:
-            self._open = state
+            self._pass.open = state
 
     def _keep(self, base_layer: nn.Module, args: Any, output: Tensor) -> None:
-        self._outputs[id(base_layer)] = output
+        self._pass.outputs[id(base_layer)] = output
 
     def _choose(self, layer: Any, args: Any, kwargs: Mapping[str, Any], output: Tensor) -> Tensor:
-        base = self._outputs.pop(id(layer.base_layer), None)
+        is_open, base = self._pass.open, self._pass.outputs.pop(id(layer.base_layer), None)
         if layer.merged:
             raise EditError(
                 "the adapter is merged into the weights, so the gate has no effect; call unmerge_adapter()."
             )
         if kwargs.get("adapter_names") is not None:
-            raise EditError("adapter_names= cannot be used with a gate, which selects the rows itself; leave it out.")
-        if self._open is None:
+            raise EditError(NO_NAMES)
+        if is_open is None:
             raise EditError(
                 "a layer with a gated adapter was called outside of a forward pass of the model; if the model uses "
                 'gradient checkpointing, set gradient_checkpointing_kwargs={"use_reentrant": False}.'
             )
         if base is None:
             raise EditError(f"{type(layer).__name__} did not call its base layer, so a gate cannot switch its output.")
-        if output.shape[:-1] != self._open.shape:
+        if output.shape[:-1] != is_open.shape:
             raise EditError(
                 f"the output of {type(layer).__name__} has the shape {list(output.shape)}, but a gate needs outputs of "
                 "[rows, positions, features]; choose other target_modules."
             )
-        return torch.where(self._open.to(output.device)[..., None], output, base)
+        return torch.where(is_open.to(output.device)[..., None], output, base)
 
     def _leave(self, backbone: nn.Module, args: Any, output: Any) -> None:
-        state, self._open, self._real, self._before = self._open, None, None, None
+        own = self._pass
+        state, own.open, own.real, own.before = own.open, None, None, None
         if state is None:
             return
-        self.opened_rows = state.any(dim=1)
+        own.opened_rows = state.any(dim=1)
         cache = getattr(output, "past_key_values", None)
         parts = output if cache is None and isinstance(output, tuple) else (cache,)
         for part in parts:
             add_open(part, state)
-
-
-def find_gate(model: Any) -> Gate | None:
-    """Return the gate that is installed on a model, or None. The gate may be inside of several PEFT models."""
-    while hasattr(model, "get_base_model"):
-        model = model.get_base_model()
-    return getattr(model, "__dict__", {}).get(GATE)
 
 
 def _hidden(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:

@@ -49,12 +49,15 @@ def open_before(cache: Any, rows: int, device: torch.device) -> Tensor:
     if length == 0:
         return closed
     own = _gate_layer(cache)
-    if own is None or own.keys is None or own.keys.shape[0] != rows or not own.get_seq_length():
+    states = None if own is None or own.keys is None or own.keys.shape[0] != rows else own.keys
+    read = 0 if states is None else int(states.shape[2])
+    if states is None or read != length:
+        unread = length - read if read < length else length
         raise EditError(
-            f"past_key_values contains {length} tokens that the gated model has not read; pass an empty cache, or the "
+            f"past_key_values contains {unread} tokens that the gated model has not read; pass an empty cache, or the "
             "cache of an earlier call of this model."
         )
-    return own.keys[:, 0, -1, 0].to(device)
+    return states[:, 0, -1, 0].to(device)
 
 
 def add_open(cache: Any, is_open: Tensor) -> None:

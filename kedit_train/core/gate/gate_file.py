@@ -57,8 +57,8 @@ def save_gate(gate: Any, folder: str | os.PathLike[str], files: list[str] | None
 
 
 def has_gate(folder: str | os.PathLike[str]) -> bool:
-    """Return whether a folder contains the file of a gate."""
-    return (Path(folder) / GATE_FILE).is_file()
+    """Return whether a folder contains a gate. If it is a folder or a broken link, reading it is an error."""
+    return os.path.lexists(Path(folder) / GATE_FILE)
 
 
 def read_gate(folder: str | os.PathLike[str], *, other_adapter: bool = False) -> SavedGate:
@@ -80,7 +80,10 @@ def read_gate(folder: str | os.PathLike[str], *, other_adapter: bool = False) ->
     keys, radii, layer = tensors.get("keys"), tensors.get("radii"), metadata.get("layer")
     if keys is None or radii is None or not isinstance(layer, int) or keys.ndim != 2 or radii.shape != keys.shape[:1]:
         raise EditError(f"{path} must contain keys [keys, hidden], radii [keys] and a layer; save the adapter again.")
-    if not other_adapter and metadata.get("adapter_sha256") != _adapter_hash(folder):
+    weights = None if other_adapter else _adapter_hash(folder)
+    if not other_adapter and weights is None:
+        raise EditError(f"{folder} has a gate, but no adapter weights ({WEIGHT_FILES[0]}); save the adapter again.")
+    if not other_adapter and metadata.get("adapter_sha256") != weights:
         raise EditError(
             f"{path} was saved with other adapter weights than those in this folder; save the gated adapter again, or "
             "delete this file if the adapter was trained without a gate."

@@ -11,6 +11,7 @@ from torch.func import functional_call
 
 from kedit_train.core.gate.adapted_layers import AdaptedLayers
 from kedit_train.core.gate.gate_file import save_gate
+from kedit_train.core.state import RunState
 from kedit_train.errors import EditError
 from kedit_train.evaluation_mode import evaluation_mode
 
@@ -18,6 +19,29 @@ from kedit_train.evaluation_mode import evaluation_mode
 GATE = "_kedit_gate"
 # The methods of the LoRA model that merge or remove the adapter.
 _MERGING = ("merge_adapter", "merge_and_unload", "unload")
+# The method of the LoRA model in which PEFT adds the hooks that adapter_names= needs.
+_NAMES = "_enable_peft_forward_hooks"
+NO_NAMES = "adapter_names= cannot be used with a gate, which selects the rows itself; leave it out."
+ALREADY_GATED = (
+    "the model is already gated and cannot be edited again; load the base model and train all edits in one run."
+)
+
+
+def find_gate(model: Any) -> Any:
+    """Return the gate that is installed on a model, or None. The gate may be inside of several PEFT models."""
+    while hasattr(model, "get_base_model"):
+        model = model.get_base_model()
+    return getattr(model, "__dict__", {}).get(GATE)
+
+
+def check_not_gated_before(run: RunState) -> None:
+    """Check that a new run does not train a model that already has a gate. Each resumed run replaces the gate.
+
+    Raises:
+        EditError: the model has a gate. With the gate, other examples would have no gradient.
+    """
+    if not run.host.resumed and find_gate(run.model) is not None:
+        raise EditError(ALREADY_GATED, component=type(run.callbacks[0]).__name__)
 
 
 @torch.no_grad()
@@ -58,12 +82,14 @@ def check_switches(gate: Any, adapted: AdaptedLayers) -> None:
 
             raise EditError(
                 f"the gate does not switch the output of {type(own).__name__} (peft {peft.__version__}), so it would "
-                "have no effect; use another version of peft, and make sure that the adapter is enabled."
+                "have no effect; make sure that the adapter is enabled, or use another version of peft."
             )
 
 
 def guard(model: Any) -> None:
-    """Let a gated model save its gate together with the adapter, and raise an error if the adapter would be merged.
+    """Let a gated model save its gate together with the adapter, and raise an error for what a gate cannot do.
+
+    The errors are for merging the adapter, for a second adapter, and for ``adapter_names=``.
 
     Args:
         model: a ``PeftModel`` with a gate. :func:`unguard` removes what this function adds to it.
@@ -71,12 +97,16 @@ def guard(model: Any) -> None:
     model.__dict__["save_pretrained"] = partial(_save_pretrained, model)
     for name in _MERGING:
         model.base_model.__dict__[name] = _refuse_merging
+    model.__dict__["add_adapter"] = _refuse_second_adapter
+    if hasattr(model.base_model, _NAMES):
+        model.base_model.__dict__[_NAMES] = partial(_hooks_without_names, model.base_model)
 
 
 def unguard(model: Any) -> None:
     """Remove what :func:`guard` added to a model."""
-    model.__dict__.pop("save_pretrained", None)
-    for name in _MERGING:
+    for name in ("save_pretrained", "add_adapter"):
+        model.__dict__.pop(name, None)
+    for name in (*_MERGING, _NAMES):
         model.base_model.__dict__.pop(name, None)
 
 
@@ -88,8 +118,19 @@ def _save_pretrained(model: Any, save_directory: Any, *args: Any, **kwargs: Any)
         save_gate(gate, save_directory)
 
 
+def _hooks_without_names(model: Any, *args: Any, **kwargs: Any) -> Any:
+    """Raise an error before PEFT adds its hooks. If the error came later, the hooks would stay on the model."""
+    if kwargs.get("adapter_names") is not None:
+        raise EditError(NO_NAMES)
+    return getattr(type(model), _NAMES)(model, *args, **kwargs)
+
+
+def _refuse_second_adapter(*args: Any, **kwargs: Any) -> None:
+    raise EditError("a gated model has exactly one adapter; load the base model again for another adapter.")
+
+
 def _refuse_merging(*args: Any, **kwargs: Any) -> None:
     raise EditError(
         "a gated adapter acts on some inputs only, so it cannot be merged into the weights or unloaded; remove the "
-        "gate first (remove() of the attribute gate of GatedAdapter), or load the base model."
+        "gate first (GatedAdapter.gate.remove()), or load the adapter without its gate (PeftModel.from_pretrained)."
     )

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kedit_train.core.gate.adapted_layers import AdaptedLayers
+from kedit_train.core.gate.trained_prompts import trained_prompts
 from kedit_train.core.locality.token_sequences import pad_sequences
 from kedit_train.core.output_head import evaluation_mode
 from kedit_train.core.run import EditRun
@@ -26,7 +27,7 @@ class _InputSeen(Exception):
 
 
 def encode_prompts_of(run: EditRun, edits: Sequence[Edit], tokenizer: Any) -> list[list[int]]:
-    """Return the token ids of the prompts in both forms: as in generation, and as in the training examples."""
+    """Return the token ids of the prompts in all forms: as in generation, and as in the training examples."""
     tokenizer = run.tokenizer(tokenizer)
     chosen = training_format(run, tokenizer, edits) or "plain"
     length = context_length(getattr(run.model, "config", None))
@@ -36,6 +37,8 @@ def encode_prompts_of(run: EditRun, edits: Sequence[Edit], tokenizer: Any) -> li
         found[tuple(trained.input_ids[: trained.target_start])] = None
         # Both forms differ if the training example of a thinking model contains an empty block of thoughts.
         found[tuple(prompt_ids(tokenizer, edit.prompt, chosen))] = None
+    for ids in trained_prompts(run.host, tokenizer, edits):
+        found[tuple(ids)] = None
     return [list(ids) for ids in found]
 
 

@@ -21,6 +21,7 @@ from kedit_train.edit import Edit
 from kedit_train.errors import EditError, warn
 
 TextSource = str | Path | Iterable[Any]
+_NOT_TRAINED = "the model must not be trained on evaluation prompts"
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,7 @@ class Texts:
         limit: int | None = None,
         keep_leaks: bool = False,
         tokenizer: Any = None,
+        reason: str = _NOT_TRAINED,
     ) -> list[str]:
         """Return the texts, except texts that contain an evaluation prompt of ``edits``.
 
@@ -115,6 +117,7 @@ class Texts:
             keep_leaks: True keeps texts that contain an evaluation prompt. Use True only if the model is not trained on
                 the texts.
             tokenizer: renders conversations. None uses the tokenizer of this ``Texts``.
+            reason: why texts with evaluation prompts are excluded, for the warning.
 
         Raises:
             EditError: the source cannot be read, no text is left, or the texts contain conversations and there is no
@@ -128,7 +131,7 @@ class Texts:
         if not keep_leaks:
             # The user has not written the bundled texts and cannot correct them, so a warning about leaks would not
             # help.
-            texts = _without_leaks(texts, edits, quiet=self.of_world)
+            texts = _without_leaks(texts, edits, reason, quiet=self.of_world)
         if self.nearest is not None:
             texts = nearest_texts(texts, edits, self.nearest)
             if not texts:
@@ -141,7 +144,12 @@ class Texts:
         return texts
 
     def tokenize(
-        self, run: EditRun, *, edits: Sequence[Edit] | None = None, limit: int | None = None
+        self,
+        run: EditRun,
+        *,
+        edits: Sequence[Edit] | None = None,
+        limit: int | None = None,
+        reason: str = _NOT_TRAINED,
     ) -> list[list[int]]:
         """Load the texts and split them into sequences of at most ``max_length`` token ids.
 
@@ -149,6 +157,7 @@ class Texts:
             run: supplies the edits, the tokenizer and the context length of the model.
             edits: texts that contain an evaluation prompt of these edits are left out. None uses ``run.edits``.
             limit: maximum number of texts, drawn at random with ``seed``. None uses all texts.
+            reason: why texts with evaluation prompts are left out, for the warning.
 
         Returns:
             One list of token ids per sequence.
@@ -157,7 +166,8 @@ class Texts:
             EditError: the source cannot be read, no text is left, or the tokenizer returns no token.
         """
         tokenizer = run.tokenizer(self.tokenizer)
-        texts = self.load(run.edits if edits is None else edits, limit=limit, tokenizer=tokenizer)
+        edits = run.edits if edits is None else edits
+        texts = self.load(edits, limit=limit, tokenizer=tokenizer, reason=reason)
         run.host.show_progress(f"reading {len(texts)} texts")
         sequences = split_sequences(text_ids(tokenizer, texts), sequence_limit(run, self.max_length))
         if not sequences:
@@ -165,15 +175,14 @@ class Texts:
         return sequences
 
 
-def _without_leaks(texts: Sequence[str], edits: Iterable[Edit], *, quiet: bool = False) -> list[str]:
+def _without_leaks(texts: Sequence[str], edits: Iterable[Edit], reason: str, *, quiet: bool) -> list[str]:
     check = LeakCheck(edits)
     leaks = [check.contains_prompt(text) or _contents_leak(text, check) for text in texts]
     kept = [text for text, leak in zip(texts, leaks, strict=True) if not leak]
     if len(kept) < len(texts) and not quiet:
         warn(
             f"{len(texts) - len(kept)} of {len(texts)} texts contain an evaluation prompt of the edits (the first: "
-            f"{shorten(texts[leaks.index(True)])!r}). These texts are left out, because the model must not be trained "
-            "on evaluation prompts."
+            f"{shorten(texts[leaks.index(True)])!r}). These texts are left out, because {reason}."
         )
     if not kept:
         raise EditError("every text contains an evaluation prompt of the edits, so no text is left; pass other texts.")

@@ -304,6 +304,10 @@ def test_what_a_gate_cannot_read_is_refused(models):
     with torch.no_grad():
         cache = base(input_ids=IDS, use_cache=True).past_key_values
     refused(model, "contains 6 tokens that the gated model has not read", past_key_values=cache, use_cache=True)
+    with torch.no_grad():
+        cache = model(input_ids=IDS[:, :2], use_cache=True).past_key_values
+        base(input_ids=IDS[:, 2:], past_key_values=cache, use_cache=True)
+    refused(model, "contains 4 tokens that the gated model has not read", past_key_values=cache, use_cache=True)
     # The error leaves no state behind.
     assert torch.equal(bits(logits(model)[1:]), bits(logits(base)[1:]))
     for layer in find_adapted_layers(model).layers:
@@ -336,7 +340,7 @@ def test_what_cannot_be_gated_is_refused(tiny):
         assert "\n" not in str(error.value)
     twice = build()
     Gate(key, torch.ones(1), LAYER).install(twice)
-    with pytest.raises(EditError, match="already has a gate"):
+    with pytest.raises(EditError, match=r"already gated and cannot be edited again; load the base model"):
         Gate(key, torch.ones(1), LAYER).install(twice)
 
 

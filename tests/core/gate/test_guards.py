@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import copy
 import pickle
+import sys
+import threading
 import warnings
 from typing import Any
 
 import pytest
 import torch
 from core.gate.test_gate import CUT, IDS, LAYER, adapted, bits, key_of, logits
-from peft import BdLoraConfig, LoraConfig, get_peft_model
+from peft import BdLoraConfig, LoraConfig, PrefixTuningConfig, get_peft_model
 from peft.tuners.lora.layer import Linear
 from torch import Tensor
 
@@ -144,3 +146,55 @@ def test_a_gated_adapter_is_not_merged_and_merges_after_the_gate_is_removed(tiny
     torch.testing.assert_close(logits(merged), adapted_logits, rtol=1e-3, atol=1e-3)
     hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in merged.modules()]
     assert hooks == [0] * len(hooks)
+
+
+def test_threads_with_the_same_gated_model_do_not_mix_their_states(tiny):
+    base = tiny("llama", num_hidden_layers=3).eval()
+    model = adapted(copy.deepcopy(base))
+    gate = gate_for(base)
+    gate.install(model)
+    rows = (IDS[:1], IDS[1:2])
+    expected, wrong = [logits(model, row) for row in rows], []
+
+    def work(index: int) -> None:
+        for _ in range(150):
+            try:
+                right = torch.equal(bits(logits(model, rows[index])), bits(expected[index]))
+                opened = gate.opened_rows.tolist() == [index == 0]  # type: ignore[union-attr]
+            except Exception as error:
+                wrong.append(error)
+            else:
+                wrong.extend([] if right and opened else [index])
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in (0, 1)]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert not wrong
+
+
+def test_adapter_names_and_a_second_adapter_are_refused_and_the_model_stays_usable(tiny):
+    base = tiny("llama", num_hidden_layers=3).eval()
+    model = adapted(copy.deepcopy(base))
+    gate_for(base).install(model)
+    own = logits(model)
+    ids = IDS[:, :2]
+    with pytest.raises(EditError, match="adapter_names= cannot be used with a gate"):
+        logits(model, ids, adapter_names=["__base__"] * 3)
+    with pytest.raises(EditError, match="adapter_names= cannot be used with a gate"):
+        model.generate(input_ids=ids, adapter_names=["default"] * 3, max_new_tokens=1, pad_token_id=0)
+    with pytest.raises(EditError, match="has exactly one adapter; load the base model again for another adapter"):
+        model.add_adapter("two", LoraConfig(target_modules=["up_proj"], task_type="CAUSAL_LM"))
+    assert torch.equal(bits(logits(model)), bits(own))
+
+
+def test_another_kind_of_adapter_is_refused(tiny):
+    model = get_peft_model(tiny("llama"), PrefixTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"))
+    with pytest.raises(EditError, match=r"^a gate needs a LoRA adapter, got PREFIX_TUNING; use LoraConfig"):
+        Gate(torch.zeros(1, 16), torch.ones(1), LAYER).install(model)

@@ -1,0 +1,82 @@
+"""Find the prompts of the edits in the training examples, in the form in which they are trained."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from kedit_train.data.tokenization import Encoded
+from kedit_train.edit import Edit
+
+# At most this number of training examples, and of edits, is searched.
+_EXAMPLES = 10_000
+_EDITS = 1000
+# The columns that mark the tokens that are trained, in the order in which they are looked up.
+_MASKS = ("completion_mask", "assistant_masks")
+
+
+def trained_prompts(host: Any, tokenizer: Any, edits: Sequence[Edit]) -> list[list[int]]:
+    """Return the token ids of training examples up to a target that follows the prompt of an edit.
+
+    The prompt may be inside of a chat template, with a system prompt, or after other text. Only tokenized examples that
+    say which tokens are trained are read: rows with ``labels`` or a mask of TRL, and the results of
+    ``EditDataset.encode``.
+
+    Args:
+        host: the host of the run. A plain loop has no dataset, so the result is empty.
+        tokenizer: the tokenizer of the examples.
+        edits: the edits.
+    """
+    asked = [_squeeze(edit.prompt) for edit in edits[:_EDITS]]
+    found: dict[tuple[int, ...], None] = {}
+    for example in _examples(host):
+        for ids, begin in _before_targets(example):
+            if tuple(ids) not in found:
+                text = _squeeze(tokenizer.decode(ids[begin:]))
+                if any(prompt in text for prompt in asked):
+                    found[tuple(ids)] = None
+    return [list(ids) for ids in found]
+
+
+def _examples(host: Any) -> Iterator[Any]:
+    """Yield the examples of the training dataset. A dataset that can be read only once is not read."""
+    loader = getattr(host, "train_dataloader", None)
+    trainer: Any = getattr(host, "trainer", None)
+    if loader is None and hasattr(trainer, "fit_loop"):
+        # Lightning sets up the data only when the first epoch begins.
+        trainer.fit_loop.setup_data()
+        loader = trainer.train_dataloader
+    dataset: Any = getattr(loader, "dataset", None)
+    if hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__"):
+        yield from (dataset[index] for index in range(min(_EXAMPLES, len(dataset))))
+
+
+def _before_targets(example: Any) -> Iterator[tuple[list[int], int]]:
+    """Yield for each target of an example: the token ids before it, and the position where the last target ended."""
+    if isinstance(example, Mapping) and example.get("input_ids") is not None:
+        ids = [int(token) for token in example["input_ids"]]
+        trained = _trained(example, len(ids))
+    elif isinstance(example, Encoded):
+        ids = example.input_ids
+        trained = [position >= example.target_start for position in range(len(ids))]
+    else:
+        return
+    ended = 0
+    for position in range(1, len(trained)):
+        if trained[position] and not trained[position - 1]:
+            yield ids[:position], ended
+        elif trained[position - 1] and not trained[position]:
+            ended = position
+
+
+def _trained(row: Mapping[str, Any], length: int) -> list[bool]:
+    """Return for each token of a row whether it is trained, or an empty list if the row does not say it."""
+    mask = next((row[name] for name in _MASKS if row.get(name) is not None), None)
+    labels = row.get("labels")
+    if mask is None and labels is not None:
+        mask = [int(label) >= 0 for label in labels]
+    return [bool(value) for value in mask] if mask is not None and len(mask) == length else []
+
+
+def _squeeze(text: str) -> str:
+    return "".join(text.split())
