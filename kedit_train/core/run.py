@@ -99,8 +99,7 @@ class EditRun(RunState):
         run = run or cls(root, host)
         previous = getattr(callback, "run", None)
         if previous is not None and previous is not run and not previous.closed:
-            # A callback serves one model at a time. The loop that used the callback before gets an error at its next
-            # step.
+            # A callback serves one model at a time. The loop of the earlier model gets an error at its next step.
             previous.close()
         if callback not in run.callbacks:
             joined = [*run.callbacks, callback]
