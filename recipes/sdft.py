@@ -8,8 +8,7 @@ without the fact. At each token of its own completion, the student learns the te
 follow facts in its context, otherwise the script ends with an error. docs/hosts.md has more measurements.
 
 Measured on SmolLM2 with 20 facts: reliability 0.95, generality 0.15, locality 0.50; 230 s of processor time on one core
-(2026-11-27). Locality is the fraction of other answers whose first tokens stay the same. Of the other answers that were
-right before, a fraction of 0.94 stays right.
+(2026-11-27). Locality is the fraction of other answers with the same first tokens. Of the right ones, 0.94 stay right.
 """
 
 import argparse

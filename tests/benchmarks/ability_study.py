@@ -70,9 +70,11 @@ def sequence(name: str, setting: Setting, counts: Sequence[int]) -> Iterator[dic
     )  # fmt: skip
     yield {"edits": 0, **abilities(result.capability)}
     for point in result.checkpoints:
-        # The first edit is not counted, because it also reads the texts for all other edits.
-        used = sum(seconds[1 : point.edits]) / max(1, point.edits - 1)
-        yield {"edits": point.edits, **abilities(point.capability), **scores(point.report), "seconds": used}
+        row = {"edits": point.edits, **abilities(point.capability), **scores(point.report)}
+        if point.edits > 1:
+            # The first edit is not counted, because it also reads the texts for all other edits.
+            row["seconds"] = sum(seconds[1 : point.edits]) / (point.edits - 1)
+        yield row
 
 
 def together(setting: Setting, counts: Sequence[int]) -> Iterator[dict[str, Any]]:
