@@ -53,7 +53,10 @@ def test_files_of_each_kind(tmp_path, name, content, kind):
     ("content", "message"),
     [
         ("prompt,id\na,1\n", "must have a column \"text\", got the columns 'prompt', 'id'; rename one column"),
-        ("The sky is blue.\nGrass is green.\n", "got the columns 'The sky is blue.'; .* ending of the file name to .txt"),
+        (
+            "The sky is blue.\nGrass is green.\n",
+            "got the columns 'The sky is blue.'; .* ending of the file name to .txt",
+        ),
         ("text,id\na,1\nb\n", r"record 2 \(line 3\): the row must have 2 cells, got 1 .*; correct this row\.$"),
         ("text,text\na,b\n", "the column 'text' appears twice"),
         ("text\n", "contains no text"),
