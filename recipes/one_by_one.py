@@ -4,8 +4,8 @@
     python recipes/one_by_one.py --model Qwen/Qwen3-0.6B --edits edits.jsonl --texts keep.txt
     python recipes/one_by_one.py --plain          # without KLLocality and NormBall; locality is then 0.79
 
-Expected on the 24 bundled edits: reliability 0.95 to 1.00, generality 0.88 to 0.98, locality 0.90 to 1.00; 69 s
-(2026-11-27). docs/results.md has longer sequences.
+Expected: reliability 0.95 to 1.00, generality 0.88 to 0.98, locality 0.90 to 1.00; 69 s (2026-11-27).
+These are the scores on the 24 bundled edits. docs/results.md has longer sequences.
 
 ``--keep`` chooses how the answers to other prompts are kept. The default is ``null_space`` for pretrained models and
 ``kl`` for the bundled model.
