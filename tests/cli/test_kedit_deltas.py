@@ -179,7 +179,14 @@ def test_merge_scales_negates_and_adds(kedit: Kedit, edited_world: Path, tmp_pat
     made = EditDelta.load(tmp_path / "back.safetensors")
     assert torch.equal(made.changes[WEIGHT].after, base[WEIGHT] + -0.5 * step)
     code, output, _ = kedit("merge", delta, tmp_path / "back.safetensors", "-o", tmp_path / "sum.safetensors")
-    assert (code, "cosine -1.000, contradictory" in output) == (0, True)
+    assert (code, "cosine -1.000, opposite; the sum may lose an edit" in output) == (0, True)
+    # A positive cosine does not show that the sum contains both edits: they may contradict each other.
+    code, output, _ = kedit("merge", delta, delta, "-o", tmp_path / "twice.safetensors")
+    assert (code, "cosine 1.000, similar" in output, "different answers to the same prompts" in output) == (
+        0,
+        True,
+        True,
+    )
     summed = EditDelta.load(tmp_path / "sum.safetensors")
     assert torch.allclose(summed.difference(WEIGHT), 0.5 * step, atol=1e-6)
     assert summed.meta["configuration"]["merged"] == ["edit.safetensors", "back.safetensors"]

@@ -21,6 +21,15 @@ For each pair of deltas, the command prints the cosine between their weight chan
 of two deltas contains both edits (arXiv 2504.10957). Use kedit eval to measure the merged delta.
 """
 
+ADVICE = {
+    "irrelevant": "the sum is likely to contain both edits",
+    "similar": (
+        "the sum is likely to contain both edits if they agree, but not if they give different answers to the same "
+        "prompts, so evaluate it"
+    ),
+    "opposite": "the sum may lose an edit, so evaluate it",
+}
+
 
 def arguments(parser: ArgumentParser) -> None:
     parser.add_argument("deltas", metavar="DELTA", nargs="+", help="deltas of the same base model")
@@ -64,10 +73,7 @@ def run(args: Namespace) -> int:
         print_json({**about, **settings, "relations": relations})
         return 0
     for pair in relations:
-        advice = (
-            "the sum is likely to contain both edits" if pair["add"] else "the sum may lose an edit, so evaluate it"
-        )
-        print(f"{' and '.join(pair['deltas'])}: cosine {pair['cosine']:.3f}, {pair['kind']}; {advice}")
+        print(f"{' and '.join(pair['deltas'])}: cosine {pair['cosine']:.3f}, {pair['kind']}; {ADVICE[pair['kind']]}")
     print(f"merged delta: {out} ({len(merged)} tensors, {size(merged.nbytes)})")
     return 0
 
@@ -75,10 +81,12 @@ def run(args: Namespace) -> int:
 def _relation(cosine: float) -> dict[str, Any]:
     """Classify two deltas by their cosine, and return whether adding the deltas is likely to work.
 
-    The classes are "irrelevant" (cosine from -0.1 to 0.1), "aligned" (above 0.1) and "contradictory" (below -0.1).
-    "When is Task Vector Provably Effective for Model Editing?" (arXiv 2504.10957) studies a one-layer Transformer. The
-    paper proves that adding task vectors works for irrelevant and for aligned tasks. The cosine of two random
-    directions in n dimensions is typically about 1 / sqrt(n) in size, so a small cosine counts as irrelevant.
+    The classes are "irrelevant" (cosine from -0.1 to 0.1), "similar" (above 0.1) and "opposite" (below -0.1). The cosine
+    of two random directions in n dimensions is typically about 1 / sqrt(n) in size, so a small cosine counts as
+    irrelevant. "When is Task Vector Provably Effective for Model Editing?" (arXiv 2504.10957) studies a one-layer
+    Transformer. The paper proves that adding task vectors works for irrelevant and for aligned tasks. However, a cosine
+    above 0.1 does not show that two edits are aligned: edits that give different answers to the same prompts also have
+    such a cosine, because they change the same layer inputs.
     """
-    kind = "irrelevant" if abs(cosine) <= 0.1 else "aligned" if cosine > 0 else "contradictory"
-    return {"cosine": cosine, "kind": kind, "add": kind != "contradictory"}
+    kind = "irrelevant" if abs(cosine) <= 0.1 else "similar" if cosine > 0 else "opposite"
+    return {"cosine": cosine, "kind": kind, "add": kind == "irrelevant"}
