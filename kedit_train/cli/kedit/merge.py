@@ -84,9 +84,9 @@ def _relation(cosine: float) -> dict[str, Any]:
     The classes are "irrelevant" (cosine from -0.1 to 0.1), "similar" (above 0.1) and "opposite" (below -0.1). A small
     cosine counts as irrelevant, because the cosine of two random directions in n dimensions is typically about
     1 / sqrt(n) in size. "When is Task Vector Provably Effective for Model Editing?" (arXiv 2504.10957) studies a
-    one-layer Transformer. The paper proves that adding task vectors works for irrelevant and for aligned tasks. However,
-    a cosine above 0.1 does not show that two edits are aligned: edits that give different answers to the same prompts
-    also have such a cosine, because they change the same layer inputs.
+    one-layer Transformer. The paper proves that adding task vectors works for irrelevant and for aligned tasks.
+    However, a cosine above 0.1 does not show that two edits are aligned: edits that give different answers to the same
+    prompts also have such a cosine, because they change the same layer inputs.
     """
     kind = "irrelevant" if abs(cosine) <= 0.1 else "similar" if cosine > 0 else "opposite"
     return {"cosine": cosine, "kind": kind, "add": kind == "irrelevant"}
