@@ -142,31 +142,38 @@ def table(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def figure(rows: Sequence[dict[str, Any]]) -> None:
-    """Draw the mean of the four abilities over the number of edits, with the range of the seeds."""
-    drawing = new_figure(5.4, 3.8)
-    axes = drawing.subplots()
+    """Draw the mean of the four abilities and the perplexity over the number of edits, with the range of the seeds."""
+    drawing = new_figure(8.4, 3.8)
+    left, right = drawing.subplots(1, 2)
+    counts = sorted({row["edits"] for row in rows if row["seed"] < 100})
+    unedited = [row for row in rows if row["seed"] < 100 and row["edits"] == 0]
     for number, (method, label) in enumerate(METHODS.items()):
-        found = {
-            count: [sum(row[name] for name in ABILITIES) / len(ABILITIES) for row in own]
-            for count, own in points(rows, method).items()
-        }
-        if not found:
-            continue
-        color, marker = color_and_marker(number)
-        positions = [list(found).index(count) for count in found]
-        means = [sum(values) / len(values) for values in found.values()]
-        axes.plot(positions, means, color=color, marker=marker, label=label.strip("`"))
-        lows, highs = [min(v) for v in found.values()], [max(v) for v in found.values()]
-        axes.fill_between(positions, lows, highs, color=color, alpha=0.15, linewidth=0)
-        axes.set_xticks(positions, [str(count) for count in found])
-    # A model that guesses reaches a half in grammar, and a quarter in the other abilities.
-    axes.axhline((0.5 + 3 * 0.25) / 4, color="grey", linestyle="--", linewidth=1, label="guessing")
-    axes.set_ylim(0.2, 0.9)
-    axes.set_xlabel("number of edits, one after the other")
-    axes.set_ylabel("right items, mean of four abilities")
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False, fontsize=9, loc="lower left")
+        # The rows of GatedAdapter begin with one edit. Before the edits, all methods have the same model.
+        if found := points(rows, method):
+            _curve(left, {0: unedited} | found, counts, number, label, lambda r: sum(r[n] for n in ABILITIES) / 4)
+            _curve(right, {0: unedited} | found, counts, number, label, lambda r: r["perplexity"])
+    # What a model reaches that guesses: a half in grammar and a quarter in the other abilities.
+    left.axhline((0.5 + 3 * 0.25) / 4, color="grey", linestyle="--", linewidth=1, label="guessing")
+    left.set_ylim(0.25, 0.85)
+    left.set_ylabel("right items, mean of four abilities")
+    right.set_ylabel("perplexity on prose")
+    left.legend(frameon=False, fontsize=9, loc="center left")
+    for axes in (left, right):
+        axes.set_xticks(range(len(counts)), [str(count) for count in counts])
+        axes.set_xlabel("number of edits")
+        axes.grid(alpha=0.3)
     save_figure(drawing, FIGURE)
+
+
+def _curve(axes: Any, found: dict[int, Any], counts: list[int], number: int, label: str, value: Any) -> None:
+    """Draw the means of a value over the number of edits, and the range of the seeds."""
+    color, marker = color_and_marker(number)
+    positions = [counts.index(count) for count in found]
+    values = [[value(row) for row in own] for own in found.values()]
+    axes.plot(positions, [sum(v) / len(v) for v in values], color=color, marker=marker, label=label.strip("`"))
+    axes.fill_between(
+        positions, [min(v) for v in values], [max(v) for v in values], color=color, alpha=0.15, linewidth=0
+    )
 
 
 def main() -> None:

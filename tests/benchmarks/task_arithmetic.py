@@ -1,6 +1,6 @@
 """Add and subtract edits of SmolLM2: unlearn one of three edit sets by negation, with dense and low-rank changes.
 
-    python tests/benchmarks/task_arithmetic.py               # seeds 0 to 2, into docs/results.md
+    python tests/benchmarks/task_arithmetic.py               # seeds 0 and 1, into docs/results.md
     python tests/benchmarks/task_arithmetic.py --seeds 100
     python tests/benchmarks/task_arithmetic.py report        # write the tables only
 
@@ -61,7 +61,7 @@ SETS = {
     "irrelevant": "The river {name} flows through",
     "contradictory": "{name} works as a",
 }
-# Chosen on seed 100.
+# Not tuned: these were the first rates that were tried, on seed 100.
 RATES = {"dense": 5e-4, "LoRA": 1e-3}
 COEFFICIENTS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25)
 TRAINED_TOGETHER = ("A", "aligned", "irrelevant")
@@ -209,7 +209,7 @@ def addition_table(rows: Sequence[dict[str, Any]]) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="?", choices=["run", "report"], default="run")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--training", nargs="+", choices=RATES, default=list(RATES))
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -225,7 +225,7 @@ def main() -> None:
                     )
     if rows := read_rows(RESULTS):
         marks = "<!-- task arithmetic: written by task_arithmetic.py -->", "<!-- task arithmetic: end -->"
-        tables = "\n".join(["", *unlearning_table(rows), "", *addition_table(rows), ""])
+        tables = "\n".join([*unlearning_table(rows), "", *addition_table(rows)])
         PAGE.write_text(replaced(PAGE.read_text(), marks, [tables]))
 
 
