@@ -20,7 +20,7 @@ from kedit_train.functional.gradient_control import ascend
 
 @dataclass
 class Control:
-    """What a ``controlled`` block has done so far.
+    """Counts of the changes that a ``controlled`` block has made so far.
 
     Attributes:
         positions: number of changes of hidden states. A position counts once for each controlled layer. Without a

@@ -48,7 +48,7 @@ class GeneratedPositions:
         else:
             continues = ids is not None and self._continues(ids)
             prompt_length = self._prompt_length if continues else length
-            # Without a cache, generate() passes use_cache=False. Other passes are no part of a generation.
+            # Without a cache, generate() passes use_cache=False. Other passes do not belong to a generation.
             repeats = cache is None and given.get("use_cache") is False
             self._ids = ids.clone() if ids is not None and repeats else None
             self._prompt_length = prompt_length

@@ -107,7 +107,7 @@ class ValueModel(nn.Module):
         """Read a file that :meth:`save` wrote.
 
         Raises:
-            EditError: the file does not exist, is damaged, or is no file of a value function.
+            EditError: the file does not exist, is damaged, or does not contain a value function.
         """
         with reported_by("ValueModel"):
             tensors, metadata = load_tensors(path, kind=KIND)

@@ -14,10 +14,10 @@ from kedit_train.data import Edit, EditDataset
 from kedit_train.data.contradictions import contradictions
 from kedit_train.data.tokenization import shorten
 from kedit_train.errors import EditError, reported_by, warn
-from kedit_train.evaluation import EvaluationOptions, MeanOverEdits, Report, Score, evaluate, exact_match
+from kedit_train.evaluation import EvaluationOptions, Report, Score, evaluate, exact_match
 from kedit_train.evaluation.asking.batching import progress_bar
 from kedit_train.evaluation.reporting.metadata import report_metadata
-from kedit_train.evaluation.scoring.bootstrap import NO_SCORE
+from kedit_train.evaluation.scoring.bootstrap import NO_SCORE, mean_score
 from kedit_train.evaluation.scoring.capability import CapabilityProbe
 from kedit_train.evaluation.scoring.metrics import summarize
 from kedit_train.evaluation.scoring.probe_results import Judge, ProbeResult
@@ -270,9 +270,7 @@ class _Run:
         report = self.evaluate(part, part_of(unedited, part, self.seed))
         newest = {self.edits[i].id for i in step.new}
         results = [r for r in report.answers if r.question == "reliability" and r.edit in newest]
-        mean = MeanOverEdits(len(results), seed=self.seed, sync_on_compute=False)
-        mean.update(range(len(results)), [bool(r.right) for r in results])
-        return report, mean.score()
+        return report, mean_score([bool(r.right) for r in results], self.seed)
 
     def single(self, unedited: Report) -> Checkpoint:
         """Make and evaluate each edit on the unedited model, and restore the model after each edit."""

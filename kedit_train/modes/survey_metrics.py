@@ -15,7 +15,7 @@ from kedit_train.errors import EditError, reported_by
 from kedit_train.evaluation.report import Report
 from kedit_train.evaluation.reporting.markdown import markdown_table
 from kedit_train.evaluation.reporting.report_lines import format_interval, format_number
-from kedit_train.evaluation.scoring.bootstrap import NO_SCORE, MeanOverEdits, Score
+from kedit_train.evaluation.scoring.bootstrap import NO_SCORE, Score, mean_score
 from kedit_train.modes.result import ModeResult, write_text
 
 
@@ -194,9 +194,7 @@ def scalability(single: Report, batch: Report, *, seed: int = 0) -> Score:
     )
     if alone.keys() != together.keys():
         raise EditError("single= and batch= are reports on different edits; run both modes on the same edits.")
-    mean = MeanOverEdits(len(alone), seed=seed, sync_on_compute=False)
-    mean.update(range(len(alone)), [float(right) - float(together[edit]) for edit, right in alone.items()])
-    return mean.score()
+    return mean_score([float(right) - float(together[edit]) for edit, right in alone.items()], seed)
 
 
 def _signed(score: Score) -> str:

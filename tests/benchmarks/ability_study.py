@@ -16,15 +16,13 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Iterator, Sequence
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
 from compare_report import PAGE, replaced
 from methods import Method, load_recipe
-from paired import processor
-from result_rows import add_row, read_rows
+from result_rows import add_measurement, read_rows
 from settings import SETTINGS, Setting, load
 
 from kedit_train import CapabilityProbe
@@ -192,8 +190,7 @@ def main() -> None:
                 print({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
                 # Rows on which settings are chosen are not kept.
                 if seed < 100:
-                    where = f"{processor()}, torch {torch.__version__}"
-                    add_row(RESULTS, row | {"date": str(date.today()), "machine": where})
+                    add_measurement(RESULTS, row)
     if rows := read_rows(RESULTS):
         marks = "<!-- ability study: written by ability_study.py -->", "<!-- ability study: end -->"
         PAGE.write_text(replaced(PAGE.read_text(), marks, ["\n".join(table(rows))]))

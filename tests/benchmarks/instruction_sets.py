@@ -18,15 +18,13 @@ import copy
 import random
 import time
 from collections.abc import Iterator
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
 from compare_report import PAGE, replaced
-from paired import processor
-from result_rows import add_row, read_rows
-from settings import PROSE, SMOLLM2, load, passages
+from result_rows import add_measurement, read_rows
+from settings import PROSE, SMOLLM2, half_passages, load
 from torch import Tensor
 
 from kedit_train import Edit, EditDataset, generate_answers
@@ -108,8 +106,7 @@ class Bench:
         self.seed, self.settings = seed, settings
         self.model, self.tokenizer = load(SMOLLM2)
         self.sets = {name: instructions(name, seed) for name in SETS}
-        # Half of each passage, which halves the time.
-        prose = [" ".join(text.split()[:30]) for text in passages()]
+        prose = half_passages()
         self.prose, self.texts = prose[:PROSE], prose[PROSE : PROSE + TEXTS]
 
     def train(self, model: Any, name: str, callbacks: list[Any]) -> float:
@@ -184,9 +181,8 @@ def run(seed: int, methods: list[str], settings: dict[str, float]) -> Iterator[d
             "A": bench.score(model, "A"), "B": bench.score(model, "B"),
             "KL on B": float((before.exp() * (before - now)).sum(-1).mean()),
             "KL on prose": prose_scores(results)["kl"].value, "seconds": seconds, "settings": settings,
-            "date": str(date.today()), "machine": f"{processor()}, torch {torch.__version__}",
         }  # fmt: skip
-        print({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items() if k != "machine"}, flush=True)
+        print({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
         yield row
 
 
@@ -214,7 +210,7 @@ def main() -> None:
         for row in run(seed, options.only, settings):
             # Rows on which settings are chosen are not kept.
             if seed < 100:
-                add_row(RESULTS, row)
+                add_measurement(RESULTS, row)
     if rows := read_rows(RESULTS):
         marks = "<!-- instruction sets: written by instruction_sets.py -->", "<!-- instruction sets: end -->"
         PAGE.write_text(replaced(PAGE.read_text(), marks, ["\n".join(table(rows))]))

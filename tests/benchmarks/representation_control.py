@@ -20,15 +20,13 @@ import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
 import torch
 from compare_report import PAGE, replaced
-from paired import processor
-from result_rows import add_row, read_rows
+from result_rows import add_measurement, read_rows
 from settings import SMOLLM2
 from smollm2_chat import TASKS, TEXT_TASKS, TEXT_TOPICS, TOPICS
 
@@ -264,14 +262,13 @@ def main() -> None:
     parser.add_argument("--prompts", nargs="+", choices=list(REPORTED), default=list(REPORTED), help="of preference")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    machine = f"{processor()}, torch {torch.__version__}"
     for part in COLUMNS if options.what != "report" else ():
         if options.part not in (None, part):
             continue
         for row in measured(part, choose=options.what == "choose", prompts=options.prompts):
             print({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
             if options.what == "run":
-                add_row(RESULTS, row | {"date": str(date.today()), "machine": machine})
+                add_measurement(RESULTS, row)
     if options.what != "choose":
         report()
 

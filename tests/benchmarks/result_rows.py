@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+from datetime import date
 from pathlib import Path
 from typing import Any
+
+import torch
+from paired import processor
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -15,3 +19,8 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 def add_row(path: Path, row: dict[str, Any]) -> None:
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def add_measurement(path: Path, row: dict[str, Any]) -> None:
+    """Add a row with the date and the machine."""
+    add_row(path, row | {"date": str(date.today()), "machine": f"{processor()}, torch {torch.__version__}"})

@@ -19,15 +19,13 @@ import copy
 import random
 import time
 from collections.abc import Iterator, Sequence
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
 from compare_report import PAGE, replaced
-from paired import processor
-from result_rows import add_row, read_rows
-from settings import PROSE, SMOLLM2, load, passages
+from result_rows import add_measurement, read_rows
+from settings import PROSE, SMOLLM2, half_passages, load
 
 from kedit_train import Edit, EditDelta, generate_answers
 from kedit_train.callbacks import ParameterScope, PrefixCache, StopWhenEdited, TokenLoss
@@ -101,7 +99,7 @@ class Bench:
     def __init__(self, training: str, seed: int) -> None:
         self.training, self.seed, self.sets = training, seed, facts(seed)
         self.model, self.tokenizer = load(SMOLLM2)
-        self.prose = [" ".join(text.split()[:30]) for text in passages()[:PROSE]]
+        self.prose = half_passages()[:PROSE]
         _, self.reference = measure_prose(self.model, self.tokenizer, self.prose)
         self.seconds = 0.0
 
@@ -219,10 +217,7 @@ def main() -> None:
                 print({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
                 # Rows on which settings are chosen are not kept.
                 if seed < 100:
-                    add_row(
-                        RESULTS,
-                        row | {"date": str(date.today()), "machine": f"{processor()}, torch {torch.__version__}"},
-                    )
+                    add_measurement(RESULTS, row)
     if rows := read_rows(RESULTS):
         marks = "<!-- task arithmetic: written by task_arithmetic.py -->", "<!-- task arithmetic: end -->"
         tables = "\n".join([*unlearning_table(rows), "", *addition_table(rows)])

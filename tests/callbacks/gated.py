@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
-from kedit_train import EditCollator
-from kedit_train.callbacks import editing
+from kedit_train import EditCollator, EditDataset, world
+from kedit_train.callbacks import GatedAdapter, TokenSmoothing, editing
 
 TEXTS = ["The old baker found a coin near the river.", "A red fox slept.", "Where is the bridge? Answer: far away"]
 LORA: dict[str, Any] = {"r": 8, "lora_alpha": 32, "target_modules": ["down_proj", "up_proj"]}
@@ -31,6 +32,17 @@ def train(model: Any, tokenizer: Any, edits: Any, callbacks: Sequence[Any], step
             optimizer.step()
             optimizer.zero_grad()
     return edit
+
+
+def edited_world(folder: Path) -> tuple[Any, Any, Any, GatedAdapter, Path]:
+    """The bundled model after 24 edits with OverTone: the model, its tokenizer, the edits, the callback, its folder."""
+    torch.manual_seed(0)
+    model, tokenizer = world.load()
+    edits = EditDataset.load("world")
+    model = adapted(model)
+    gated = GatedAdapter("world", neighbors=8, edits=edits, path=str(folder), limit=200)
+    train(model, tokenizer, edits, [gated, TokenSmoothing(epsilon=0.05, reduction="sample")], 60)
+    return model.eval(), tokenizer, edits, gated, folder
 
 
 def batch_of(tokenizer: Any, prompts: Sequence[str], side: str) -> dict[str, Tensor]:

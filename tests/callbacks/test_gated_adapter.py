@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from callbacks.gated import TEXTS, adapted, batch_of, compare, train
+from callbacks.gated import TEXTS, adapted, batch_of, compare, edited_world, train
 from real_models import smollm2
 from torch import Tensor
 
@@ -39,14 +39,7 @@ FACTS = Path(__file__).resolve().parents[2] / "recipes" / "smollm2" / "facts.jso
 
 @pytest.fixture(scope="module")
 def edited(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any, Any, GatedAdapter, Path]:
-    """The bundled model after 24 edits with OverTone: the model, its tokenizer, the edits, the callback, its folder."""
-    torch.manual_seed(0)
-    model, tokenizer = world.load()
-    edits, folder = EditDataset.load("world"), tmp_path_factory.mktemp("gated") / "adapter"
-    model = adapted(model)
-    gated = GatedAdapter("world", neighbors=8, edits=edits, path=str(folder), limit=200)
-    train(model, tokenizer, edits, [gated, TokenSmoothing(epsilon=0.05, reduction="sample")], 60)
-    return model.eval(), tokenizer, edits, gated, folder
+    return edited_world(tmp_path_factory.mktemp("gated") / "adapter")
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

@@ -12,14 +12,13 @@ from typing import Any, cast
 import lightning as L
 import pytest
 import torch
-from callbacks.gated import LORA, TEXTS, adapted, train
+from callbacks.gated import LORA, TEXTS, adapted, edited_world, train
 from peft import PeftModel
 
 from kedit_train import EditDataModule, EditDataset, EditModule, EditSFTConfig, EditSFTTrainer, load_model, world
 from kedit_train.callbacks import (
     GatedAdapter,
     ParameterScope,
-    TokenSmoothing,
 )
 from kedit_train.cli import recipe, sft
 from kedit_train.cli.kedit import main
@@ -33,14 +32,7 @@ RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "gated.yaml"
 
 @pytest.fixture(scope="module")
 def edited(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any, Any, GatedAdapter, Path]:
-    """The bundled model after 24 edits with OverTone: the model, its tokenizer, the edits, the callback, its folder."""
-    torch.manual_seed(0)
-    model, tokenizer = world.load()
-    edits, folder = EditDataset.load("world"), tmp_path_factory.mktemp("gated") / "adapter"
-    model = adapted(model)
-    gated = GatedAdapter("world", neighbors=8, edits=edits, path=str(folder), limit=200)
-    train(model, tokenizer, edits, [gated, TokenSmoothing(epsilon=0.05, reduction="sample")], 60)
-    return model.eval(), tokenizer, edits, gated, folder
+    return edited_world(tmp_path_factory.mktemp("gated") / "adapter")
 
 
 def test_the_folder_is_an_ordinary_adapter_and_the_gate(edited):

@@ -81,7 +81,7 @@ class Gate:
 
     @property
     def opened_rows(self) -> Tensor | None:
-        """Whether the gate was open at a position of each row of this thread's last forward pass, [rows], bool."""
+        """[rows], bool: True for each row of this thread's last forward pass in which the gate was open anywhere."""
         return self._pass.opened_rows
 
     @classmethod

@@ -64,7 +64,7 @@ def add_open(cache: Any, is_open: Tensor) -> None:
     """Append the state of new positions to a cache.
 
     Args:
-        cache: the cache after the forward call. If it is no ``Cache``, nothing is appended.
+        cache: the cache after the forward call. If it is not a ``Cache``, nothing is appended.
         is_open: [rows, positions], bool.
     """
     if not isinstance(cache, Cache):

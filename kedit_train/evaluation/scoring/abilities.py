@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from kedit_train.evaluation.asking.teacher_forced import teacher_forced
-from kedit_train.evaluation.scoring.bootstrap import MeanOverEdits, Score
+from kedit_train.evaluation.scoring.bootstrap import Score, mean_score
 
 ITEMS = 60
 CHOICES = 4
@@ -94,12 +94,7 @@ def ability_scores(
     for item in items:
         first, *others = (sum(next(results).log_probs) for _ in item.choices)
         right.setdefault(item.ability, []).append(first > max(others))
-    scores = {}
-    for name, values in right.items():
-        mean = MeanOverEdits(len(values), seed=seed, sync_on_compute=False)
-        mean.update(range(len(values)), values)
-        scores[f"ability/{name}"] = mean.score()
-    return scores
+    return {f"ability/{name}": mean_score(values, seed) for name, values in right.items()}
 
 
 Made = tuple[str, tuple[str, ...]]

@@ -134,6 +134,13 @@ class MeanOverEdits(Metric):
         return Score(_none_if_nan(value), n=int(n), low=_none_if_nan(low), high=_none_if_nan(high))
 
 
+def mean_score(values: Sequence[float | bool], seed: int = 0) -> Score:
+    """Return the mean of values on this process, with a bootstrap interval. Each value counts as an edit of its own."""
+    mean = MeanOverEdits(len(values), seed=seed, sync_on_compute=False)
+    mean.update(range(len(values)), values)
+    return mean.score()
+
+
 def ratio_scores(totals: Tensor, counts: Tensor, *, seed: int = 0, resamples: int = RESAMPLES) -> list[Score]:
     """Return the scores ``sum(totals) / sum(counts)`` of M metrics. All metrics use the same resamples.
 

@@ -19,7 +19,7 @@ from kedit_train.core.locality.texts import Texts
 from kedit_train.errors import EditError, reported_by
 from kedit_train.evaluation.asking.generate import Answer, generate_answers
 from kedit_train.evaluation.scoring.abilities import ability_items, ability_scores
-from kedit_train.evaluation.scoring.bootstrap import NO_SCORE, MeanOverEdits, Score, ratio_scores
+from kedit_train.evaluation.scoring.bootstrap import NO_SCORE, Score, mean_score, ratio_scores
 from kedit_train.evaluation.scoring.divergence import Distribution, compute_divergences, record_distributions
 from kedit_train.evaluation.scoring.lm_eval_tasks import LmEvalTasks, lm_eval_scores
 from kedit_train.evaluation.scoring.normalize import normalize
@@ -154,12 +154,10 @@ class CapabilityProbe:
         totals = torch.tensor([[sum(kl_by_prompt[prompt])] for prompt in self.prompts], dtype=torch.float64)
         counts = torch.tensor([[len(kl_by_prompt[prompt])] for prompt in self.prompts])
         (kl,) = ratio_scores(totals, counts, seed=self.seed)
-        agreement = MeanOverEdits(len(answers), seed=self.seed, sync_on_compute=False)
-        agreement.update(
-            range(len(self.prompts)),
-            [normalize(unedited.answers[prompt].text) == normalize(answers[prompt].text) for prompt in self.prompts],
-        )
-        return Capability(**own, kl=kl, agreement=agreement.score())
+        agreed = [
+            normalize(unedited.answers[prompt].text) == normalize(answers[prompt].text) for prompt in self.prompts
+        ]
+        return Capability(**own, kl=kl, agreement=mean_score(agreed, self.seed))
 
 
 def text_beginnings(texts: Sequence[str]) -> list[str]:
