@@ -27,7 +27,14 @@ from kedit_train.core.locality.token_sequences import tokenize_edits
 from kedit_train.core.run import EditRun
 from kedit_train.data import Edit, EditDataset
 from kedit_train.errors import EditError
-from kedit_train.functional.null_space import FreeSpace, free_space, join_directions, principal_directions, project_free
+from kedit_train.functional.null_space import (
+    FreeSpace,
+    free_space,
+    join_directions,
+    principal_directions,
+    project_free,
+    project_gradient_free,
+)
 from kedit_train.functional.precision import wide
 from kedit_train.paths import SAFETENSORS_PATH
 
@@ -142,10 +149,12 @@ class NullSpace(EditCallback):
         self._previous = PreviousInputs()
         # The second moments of the texts in preserve.
         self._preserved: dict[str, SecondMoment] = {}
-        # In a sequence of runs: the texts of the previous run, their second moments, and the directions of the moments.
+        # In a sequence of runs: the texts of the previous run, their second moments, the directions of the moments, and
+        # the directions of the earlier edits.
         self._chosen: list[str] | None = None
         self._text_moments: dict[str, SecondMoment] = {}
         self._of_texts: dict[str, Tensor] = {}
+        self._of_previous: dict[str, Tensor] = {}
         self._model: weakref.ref[nn.Module] | None = None
         if isinstance(self.texts, Texts):
             return
@@ -169,7 +178,7 @@ class NullSpace(EditCallback):
         edits, texts = self._read_preserve()
         if not (self.sequential and continues_run(self._model, run)):
             self._previous, self._preserved = PreviousInputs(edits), {}
-            self._of_texts, self._chosen = {}, None
+            self._of_texts, self._of_previous, self._chosen = {}, {}, None
         self._model = weakref.ref(run.model)
         layers = find_linear_layers(run.model, run.scope)
         pairs = lora_pairs(run, layers)
@@ -182,14 +191,15 @@ class NullSpace(EditCallback):
         directions = self._directions_of_texts(run, layers)
         if texts and not self._preserved:
             self._preserved = self._moments(run, layers, texts)
-        directions = self._with_directions(directions, self._preserved)
         earlier = self._previous.moments(run.edits, lambda edits: self._moments(run, layers, edits))
-        directions = self._with_directions(directions, earlier)
+        # The moments of earlier edits change little between runs, so their directions are computed from the last ones.
+        self._of_previous = self._directions(earlier, self._of_previous)
         neighbors = neighbor_texts(run, self.texts, self.neighbors) if self.neighbors else None
-        if neighbors:
-            directions = self._with_directions(directions, self._moments(run, layers, neighbors))
+        of_neighbors = self._directions(self._moments(run, layers, neighbors)) if neighbors else {}
+        for more in (self._directions(self._preserved), self._of_previous, of_neighbors):
+            directions = {name: join_directions(d, more[name]) if more else d for name, d in directions.items()}
         spaces = self._free_spaces(run, directions)
-        self._projection = ChangeProjection(layers, spaces, project_free)
+        self._projection = ChangeProjection(layers, spaces, project_free, project_gradient_free)
         for name in pairs:
             _project_reference(run, name, spaces[name])
         self._projection.start(run.scope)
@@ -291,20 +301,17 @@ class NullSpace(EditCallback):
         """Return the settings for tokenizing edits and ``preserve``: the settings of ``texts`` or the defaults."""
         return self.texts if isinstance(self.texts, Texts) else Texts([])
 
-    def _directions(self, moments: Mapping[str, SecondMoment]) -> dict[str, Tensor]:
-        """Return the directions to preserve for each weight, [d_in, rank] in fp64."""
-        return {
-            name: principal_directions(moment.mean, energy=self.energy, rank=moment.count)
-            for name, moment in moments.items()
-        }
-
-    def _with_directions(
-        self, directions: Mapping[str, Tensor], moments: Mapping[str, SecondMoment]
+    def _directions(
+        self, moments: Mapping[str, SecondMoment], start: Mapping[str, Tensor] | None = None
     ) -> dict[str, Tensor]:
-        """Return the given directions together with the directions of the inputs in ``moments``, if there are any."""
-        more = self._directions(moments)
+        """Return the directions to preserve for each weight, [d_in, rank] in fp64.
+
+        If ``start`` has the directions of moments that differ little, the result is computed from these directions.
+        """
+        start = start or {}
         return {
-            name: join_directions(basis, more[name]) if name in more else basis for name, basis in directions.items()
+            name: principal_directions(moment.mean, energy=self.energy, rank=moment.count, start=start.get(name))
+            for name, moment in moments.items()
         }
 
     def _free_spaces(self, run: EditRun, directions: Mapping[str, Tensor]) -> dict[str, FreeSpace]:

@@ -19,8 +19,15 @@ from torch import Tensor
 
 from kedit_train.functional.precision import full_precision, widest
 
+# Number of vectors in the sketch of a gradient, and how many of them must depend on the others for a low rank.
+_SKETCH, _SPARE = 64, 8
+# Largest relative size of the dependent vectors. In fp32, it is about 1e-7.
+_ROUNDING = 1e-6
 
-def principal_directions(moment: Tensor, *, energy: float = 0.99, rank: int | None = None) -> Tensor:
+
+def principal_directions(
+    moment: Tensor, *, energy: float = 0.99, rank: int | None = None, start: Tensor | None = None
+) -> Tensor:
     """Return the orthonormal directions that contain most of the trace of a second moment.
 
     Args:
@@ -30,16 +37,40 @@ def principal_directions(moment: Tensor, *, energy: float = 0.99, rank: int | No
         rank: upper bound of the rank of the moment, for example the number of vectors in it. With a bound of at most
             d / 2, the directions are computed in the span of the moment, in about ``4 d² rank`` operations instead of
             about ``10 d³``.
+        start: [d, s], the directions of a moment that differs little from this one. One step of subspace iteration then
+            approximates the directions in about ``4 d² s`` operations. If the approximate directions contain too little
+            of the trace, the exact directions are computed.
 
     Returns:
         [d, r] in fp64, sorted by descending eigenvalue.
     """
-    values, vectors = _eigenvectors(widest(moment), rank)
+    moment_wide = widest(moment)
+    trace = float(moment_wide.trace())
+    if start is not None and 0 < 4 * start.shape[1] < len(moment):
+        values, vectors = _eigenvectors_near(moment_wide, start)
+        if float(values.sum()) >= energy * trace > 0.0:
+            return vectors[:, : _fewest(values, energy * trace)]
+    values, vectors = _eigenvectors(moment_wide, rank)
     values, vectors = values.flip(0), vectors.flip(1)
     known = int((values > values[0] * len(moment) * torch.finfo(moment.dtype).eps).sum())
-    cumulative = values[:known].cumsum(0)
-    short = cumulative < energy * cumulative[-1] * (1.0 - 1e-12) if known else cumulative
-    return vectors[:, : min(int(short.sum()) + 1, known)]
+    return vectors[:, : min(_fewest(values[:known], energy * float(values[:known].sum())), known)]
+
+
+def _fewest(values: Tensor, energy: float) -> int:
+    """Return how many of the descending values are needed for a sum of at least ``energy``."""
+    return int((values.cumsum(0) < energy * (1.0 - 1e-12)).sum()) + 1
+
+
+def _eigenvectors_near(moment: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
+    """Return approximate descending eigenvalues and eigenvectors, by one step of subspace iteration from ``start``.
+
+    Random vectors are added to ``start``, for directions that are new in ``moment``.
+    """
+    generator = torch.Generator().manual_seed(0)
+    random = torch.randn(len(moment), start.shape[1] // 4 + 16, generator=generator, dtype=moment.dtype)
+    span = torch.linalg.qr(moment @ torch.cat([start.to(moment), random.to(moment.device)], dim=1))[0]
+    values, vectors = torch.linalg.eigh(span.T @ moment @ span)
+    return values.flip(0), (span @ vectors).flip(1)
 
 
 def _eigenvectors(moment: Tensor, rank: int | None) -> tuple[Tensor, Tensor]:
@@ -121,3 +152,30 @@ def project_free(delta: Tensor, space: FreeSpace) -> Tensor:
     with full_precision(delta.device.type):
         within = (delta @ space.basis) @ space.basis.T
         return delta - within if space.preserved else within
+
+
+def project_gradient_free(gradient: Tensor, space: FreeSpace) -> Tensor:
+    """Compute :func:`project_free` of a gradient, with fewer operations if the gradient has a low rank.
+
+    The gradient of a linear layer is a sum of one outer product per token, so a batch with few tokens has a gradient of
+    low rank. A random sketch (arXiv 0909.4061, "Finding structure with randomness") finds factors Q B of such a
+    gradient, and only B is projected. The result is the same up to rounding. If the rank is not low, the whole gradient
+    is projected.
+
+    Args:
+        gradient: [m, d], in the dtype of the basis.
+        space: from :func:`free_space`.
+
+    Returns:
+        [m, d].
+    """
+    if min(gradient.shape) < 4 * _SKETCH:
+        return project_free(gradient, space)
+    with full_precision(gradient.device.type):
+        random = torch.randn(gradient.shape[1], _SKETCH, generator=torch.Generator().manual_seed(0))
+        span, triangle = torch.linalg.qr(gradient @ random.to(gradient))
+        sizes = triangle.diagonal().abs()
+        # If the last vectors of the sketch depend on the first ones up to rounding, then the sketch spans the gradient.
+        if not bool(sizes[-_SPARE:].max() <= _ROUNDING * sizes.max()):
+            return project_free(gradient, space)
+        return span @ project_free(span.T @ gradient, space)

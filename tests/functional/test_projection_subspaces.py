@@ -7,7 +7,13 @@ import torch
 from torch import Tensor
 
 from kedit_train.functional.low_curvature import high_curvature, project_low_curvature
-from kedit_train.functional.null_space import free_space, join_directions, principal_directions, project_free
+from kedit_train.functional.null_space import (
+    free_space,
+    join_directions,
+    principal_directions,
+    project_free,
+    project_gradient_free,
+)
 
 
 def inputs(n: int, d: int, decay: float = 0.5) -> Tensor:
@@ -51,6 +57,31 @@ def test_a_bound_of_the_rank_changes_nothing_but_the_time(energy, dtype):
     # In fp32, the moment itself has a rounding error, which matters for the directions with the least energy.
     assert (bounded @ bounded.T - whole @ whole.T).abs().max() < (1e-9 if dtype == torch.float64 else 1e-3)
     assert (bounded.T @ bounded - torch.eye(bounded.shape[1])).abs().max() < 1e-12
+
+
+def test_directions_of_a_changed_moment_follow_from_the_last_ones():
+    generator = torch.Generator().manual_seed(1)
+    scales = torch.logspace(1, -1.5, 300, dtype=torch.float64)
+    moment = torch.zeros(300, 300, dtype=torch.float64)
+    start = None
+    for _ in range(40):
+        tokens = torch.randn(8, 300, generator=generator, dtype=torch.float64) * scales
+        tokens += torch.randn(1, 300, generator=generator, dtype=torch.float64) * 0.3
+        moment += tokens.T @ tokens
+        exact = principal_directions(moment, energy=0.9)
+        start = principal_directions(moment, energy=0.9, start=start)
+        torch.testing.assert_close(start.T @ start, torch.eye(start.shape[1], dtype=torch.float64))
+        assert float((start.T @ moment @ start).trace() / moment.trace()) >= 0.9 - 1e-12
+        assert exact.shape[1] <= start.shape[1] <= exact.shape[1] + 2
+
+
+def test_directions_of_another_moment_are_not_trusted():
+    first, second = (torch.diag(torch.cat([torch.ones(10), torch.zeros(190)]).roll(shift)) for shift in (0, 100))
+    start = principal_directions(first, energy=0.9)
+    # No direction of the first moment has energy in the second one, and all directions of the second one are equal.
+    found = principal_directions(second * torch.arange(1.0, 201.0), energy=1.0, start=start)
+    assert found.shape[1] == 10
+    torch.testing.assert_close(found @ found.T, second.double())
 
 
 def test_joined_directions_span_both_and_nothing_else():
@@ -146,3 +177,25 @@ def test_low_curvature_equals_the_masked_form_of_the_paper():
 def test_zero_curvature_is_an_error():
     with pytest.raises(ValueError, match="zero in every direction"):
         high_curvature(torch.zeros(3, 3), spd(4), 0.9)
+
+
+@pytest.mark.parametrize("rank", [20, 200])
+@pytest.mark.parametrize("tokens", [0, 1, 40, 60, 300])
+def test_the_gradient_of_few_tokens_is_projected_like_any_other_change(rank, tokens):
+    directions = torch.linalg.qr(torch.randn(270, 270, dtype=torch.float64))[0][:, :rank]
+    # The tokens have very different weights, as in the gradient of a language model.
+    weights = torch.logspace(1, -3, max(tokens, 1), dtype=torch.float64)[:tokens]
+    gradient = (torch.randn(300, tokens, dtype=torch.float64) * weights) @ torch.randn(tokens, 270, dtype=torch.float64)
+    space = free_space(directions)
+    found = project_gradient_free(gradient.float(), space)
+    dense = gradient @ (torch.eye(270, dtype=torch.float64) - directions @ directions.T)
+    assert found.dtype is torch.float32
+    assert float((found.double() - dense).norm()) <= 2e-6 * float(gradient.norm())
+    assert float((found.double() @ directions).norm()) <= 2e-6 * float(gradient.norm())
+
+
+def test_a_gradient_that_is_not_finite_stays_so():
+    space = free_space(torch.linalg.qr(torch.randn(270, 20, dtype=torch.float64))[0])
+    gradient = torch.randn(300, 270)
+    gradient[3, 5] = float("nan")
+    assert bool(project_gradient_free(gradient, space).isnan().any())

@@ -24,18 +24,25 @@ class ChangeProjection:
         subspaces: name -> named tuple that describes the directions to remove for this weight.
         project: function that receives a change [out, in] in fp32 or fp64 and a subspace. It returns the change
             [out, in] without the directions of the subspace. The function must be linear.
+        project_gradient: function with the same result for a gradient, up to rounding. Default: ``project``.
     """
 
     def __init__(
-        self, layers: Mapping[str, LinearLayer], subspaces: Mapping[str, Any], project: Callable[[Tensor, Any], Tensor]
+        self,
+        layers: Mapping[str, LinearLayer],
+        subspaces: Mapping[str, Any],
+        project: Callable[[Tensor, Any], Tensor],
+        project_gradient: Callable[[Tensor, Any], Tensor] | None = None,
     ) -> None:
         self.layers, self.subspaces = dict(layers), dict(subspaces)
-        self._project = project
+        self._project, self._project_gradient = project, project_gradient or project
         self._hooks: list[Any] = []
 
     def start(self, scope: Mapping[str, nn.Parameter]) -> None:
         """Project the gradients of the parameters in ``scope`` from now on."""
-        self._hooks = project_gradients(self.layers, scope, self._projected)
+        self._hooks = project_gradients(
+            self.layers, scope, lambda name, gradient: self._project_gradient(gradient, self.subspaces[name])
+        )
 
     def stop(self) -> None:
         """Remove the gradient hooks and release the directions."""
