@@ -137,10 +137,9 @@ class ContextTeacher(TokenLoss):
         self._followed = count / total
         if self._followed < self.min_followed:
             raise EditError(
-                "the unedited model must give the new answer to a fraction of at least "
-                f"min_followed={self.min_followed:g} of the edits when it reads the new fact, got "
-                f"{self._followed:.3f} ({count} of {total} edits); use a larger model or another context=, or train "
-                "with TokenLoss instead."
+                "with the new fact in its context, the unedited model gives the new answer for only "
+                f"{self._followed:.3f} of the edits ({count} of {total}), but min_followed={self.min_followed:g}; use "
+                "a larger model or another context=, or train with TokenLoss instead."
             )
         run.loss_head().soft_targets = targets.find
 

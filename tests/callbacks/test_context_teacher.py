@@ -239,9 +239,9 @@ def test_a_model_that_follows_too_few_facts_is_refused_with_the_fraction(model, 
     ):
         edit.before_step()
     assert str(error.value) == (
-        "ContextTeacher: the unedited model must give the new answer to a fraction of at least min_followed=0.6 of the "
-        "edits when it reads the new fact, got 0.500 (3 of 6 edits); use a larger model or another context=, or train "
-        "with TokenLoss instead."
+        "ContextTeacher: with the new fact in its context, the unedited model gives the new answer for only 0.500 of "
+        "the edits (3 of 6), but min_followed=0.6; use a larger model or another context=, or train with TokenLoss "
+        "instead."
     )
 
 

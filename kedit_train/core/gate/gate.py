@@ -182,7 +182,10 @@ class Gate:
             own.open = opened_from(near & own.real.to(near.device), own.before.to(near.device))
 
     def _mark(self, block: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Store the state with the input of a block, from which gradient checkpointing computes the block again."""
+        """Remember the state of the gate for the input of a block.
+
+        Gradient checkpointing needs this state to recompute the block.
+        """
         hidden = _hidden(args, kwargs)
         if hidden is not None and self._pass.open is not None and self._pass.real is not None:
             setattr(hidden, _STATE, self._pass.open)

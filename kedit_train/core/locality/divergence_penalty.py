@@ -44,7 +44,7 @@ class DivergencePenalty:
             self._tokens += divergence.numel()
 
     def take(self) -> tuple[Tensor, int]:
-        """Return the sum of the divergence and the number of tokens since the last call, in this process."""
+        """Return two values for this process since the last call: the summed divergence, and the number of tokens."""
         taken = self._sum, self._tokens
         self._sum, self._tokens = torch.zeros(()), 0
         return taken
