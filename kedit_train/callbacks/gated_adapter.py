@@ -42,8 +42,8 @@ class GatedAdapter(EditCallback):
 
     The radius of a key is ``margin`` times its distance to the nearest position of the held texts. Held texts are
     ``texts``, prompts of the edits with other subjects, and the beginnings of the prompts of the edits. With ``margin``
-    below 1, no position of a held text is within a radius, except for the end of an edited prompt at the
-    beginning of a held text.
+    below 1, no position of a held text is within a radius. The only exception are held texts that begin with a whole
+    edited prompt: the last token of this prompt is within the radius.
 
     The adapter is trained through the gate, so training and inference are the same. The gate stays on the model after
     training, also after an interruption. To remove it, call ``gate.remove()``. Until then, the model saves the gate
@@ -309,6 +309,6 @@ def _check_base_name(model: Any) -> None:
     (config,) = model.peft_config.values()
     if not (config.base_model_name_or_path or getattr(model.get_base_model(), "name_or_path", "")):
         raise EditError(
-            "path= saves an adapter with the name of its base model, but this model was not loaded from a folder or "
-            "the hub; save the base model, and load it again before you add the adapter."
+            "path= stores the name of the base model beside the adapter, but this base model has no name, because it "
+            "was not loaded from a folder or the hub; save the base model, and load it before you add the adapter."
         )

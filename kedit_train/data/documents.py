@@ -28,8 +28,8 @@ def split_documents(
     """Split every edit that is longer than ``max_length`` tokens into parts, at the ends of paragraphs or sentences.
 
     The first part keeps the prompt, the identifier and all questions of the edit. The prompts of the other parts end
-    with "(part 2)", "(part 3)" and so on. If another edit already has such a prompt, this part number is skipped. No text is
-    dropped. A warning counts the edits that were split.
+    with "(part 2)", "(part 3)" and so on. If another edit already has such a prompt, this part number is skipped. No
+    text is dropped. A warning counts the edits that were split.
 
     ``EditDataModule`` and the command ``sft`` call this function for documents, with the context length of the model.
 

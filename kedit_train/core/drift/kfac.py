@@ -100,7 +100,7 @@ def kfac_factors(
             attention sink, whose activations are so large that they would dominate the factors.
 
     Returns:
-        The factors. Their gradients are those of the cross-entropy, summed over tokens and not averaged.
+        The factors. Their output gradients are gradients of the sum of the cross-entropy over tokens, not of its mean.
 
     Raises:
         EditError: a layer was never called, does not receive one vector per token, or is the output head.
