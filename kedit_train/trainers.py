@@ -32,6 +32,7 @@ from kedit_train.callbacks import (
     SaveDelta,
     SecondOrderLocality,
     StopWhenEdited,
+    SubjectTokens,
     TokenLoss,
     TokenSmoothing,
     WeightAnchor,
@@ -53,6 +54,7 @@ with require("trl", extra="trl"):
 CALLBACKS: dict[str, type[EditCallback]] = {
     "parameter_scope": ParameterScope,
     "gradient_mask": GradientMask,
+    "subject_tokens": SubjectTokens,
     "gated_adapter": GatedAdapter,
     "forget_first": ForgetFirst,
     "token_loss": TokenLoss,
@@ -131,6 +133,9 @@ class EditSFTConfig(SFTConfig):
     edits: str | None = field(default=None, metadata={"help": 'A file of edits in any known format, or "world".'})
     parameter_scope: Arguments = field(default=None, metadata=_help("Which parameters may change?"))
     gradient_mask: Arguments = field(default=None, metadata=_help("Which entries of the weight matrices may change?"))
+    subject_tokens: Arguments = field(
+        default=None, metadata=_help("Train the weights at the tokens of the subject only.")
+    )
     gated_adapter: Arguments = field(default=None, metadata=_help("For which prompts may a LoRA adapter act?"))
     prompt_format: Arguments = field(
         default="plain", metadata={"help": "Format of the prompts: plain, chat or question."}
@@ -138,10 +143,7 @@ class EditSFTConfig(SFTConfig):
     append_eos: str = field(default="auto", metadata={"help": "End targets with end-of-text: auto, true or false."})
     forget_first: Arguments = field(default=None, metadata=_help("Unlearn the old answers before the first step."))
     token_loss: Arguments = field(default=None, metadata=_help("What is the training target of each token?"))
-    token_smoothing: Arguments = field(
-        default=None,
-        metadata=_help("Train each token towards a smoothed target (token_loss with the objective overtone)."),
-    )
+    token_smoothing: Arguments = field(default=None, metadata=_help("Smooth the target of each token (OverTone)."))
     context_teacher: Arguments = field(default=None, metadata=_help("Imitate the unedited model that reads the fact."))
     kl_locality: Arguments = field(default=None, metadata=_help("On which texts should the predictions not change?"))
     batch_anchor: Arguments = field(default=None, metadata=_help("Penalize changed predictions on the training batch."))
@@ -150,9 +152,7 @@ class EditSFTConfig(SFTConfig):
     weight_anchor: Arguments = field(default=None, metadata=_help("Pull the weights towards their original values."))
     norm_ball: Arguments = field(default=None, metadata=_help("How far may the weights move?"))
     null_space: Arguments = field(default=None, metadata=_help("Keep layer outputs on given texts nearly the same."))
-    low_curvature: Arguments = field(
-        default=None, metadata=_help("Project the weight change onto directions of low loss curvature.")
-    )
+    low_curvature: Arguments = field(default=None, metadata=_help("Move weights in directions of low curvature only."))
     second_order_locality: Arguments = field(
         default=None, metadata=_help("Take steps that change predictions on given texts as little as possible.")
     )

@@ -22,6 +22,7 @@ from kedit_train.callbacks.prefix_cache import PrefixCache
 from kedit_train.callbacks.save_delta import SaveDelta
 from kedit_train.callbacks.second_order_locality import SecondOrderLocality
 from kedit_train.callbacks.stop_when_edited import StopWhenEdited
+from kedit_train.callbacks.subject_tokens import SubjectTokens
 from kedit_train.callbacks.token_loss import TokenLoss
 from kedit_train.callbacks.token_smoothing import TokenSmoothing
 from kedit_train.callbacks.weight_anchor import WeightAnchor
@@ -56,6 +57,7 @@ __all__ = [
     "SaveDelta",
     "SecondOrderLocality",
     "StopWhenEdited",
+    "SubjectTokens",
     "Teacher",
     "Texts",
     "TokenLoss",

@@ -74,6 +74,12 @@ def has_subject(edit: Edit) -> bool:
     return _subject_in(edit) is not None
 
 
+def subject_spans(edit: Edit) -> list[tuple[int, int]]:
+    """Return where the subject begins and ends in the prompt of an edit, in characters; once for each occurrence."""
+    subject = _subject_in(edit)
+    return [match.span() for match in subject.finditer(edit.prompt)] if subject else []
+
+
 def names_in(texts: Sequence[Sequence[str]]) -> list[str]:
     """Return the different names in texts, in alphabetical order.
 

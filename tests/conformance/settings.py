@@ -33,6 +33,7 @@ from kedit_train.callbacks import (
     SaveDelta,
     SecondOrderLocality,
     StopWhenEdited,
+    SubjectTokens,
     TokenLoss,
     TokenSmoothing,
     WeightAnchor,
@@ -84,6 +85,10 @@ SETTINGS: dict[str, Callable[[Any], list[Any]]] = {
     "WeightAnchor (K-FAC)": lambda edits: [
         WeightAnchor("kfac", strength=100.0, texts=TEXTS),
         ParameterScope(layers=0.5, modules="mlp.down_proj"),
+    ],
+    "SubjectTokens": lambda edits: [
+        SubjectTokens(edits=edits),
+        ParameterScope(layers=0.5, modules="mlp.down_proj.weight"),
     ],
     "ForgetFirst": lambda edits: [
         ForgetFirst(

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from kedit_train.core.scope.blocks import place_in_blocks
 from kedit_train.errors import EditError
 
 # The variants of LoRA in PEFT that were tested with a gate.
@@ -74,7 +75,7 @@ def find_adapted_layers(model: Any) -> AdaptedLayers:
         if isinstance(module, BaseTunerLayer):
             _check_layer(name, module)
             found[name] = module
-    places = [_place(inner, name) for name in found]
+    places = [place_in_blocks(inner, name) for name in found]
     if not places or len({path for path, _ in places}) != 1:
         raise EditError(
             "every adapted layer must be inside the decoder blocks of the model; choose target_modules inside the "
@@ -107,13 +108,3 @@ def _check_layer(name: str, layer: Any) -> None:
                 f"a gate works only with plain LoRA and DoRA, but {name} has {kind}; remove this option from the LoRA "
                 "configuration."
             )
-
-
-def _place(model: nn.Module, name: str) -> tuple[str, int]:
-    """Return the path of the first list of modules on the way to a module, and the index in this list."""
-    parts = name.split(".")
-    for count in range(1, len(parts)):
-        path = ".".join(parts[:count])
-        if isinstance(model.get_submodule(path), nn.ModuleList):
-            return path, int(parts[count])
-    return name, -1

@@ -1,0 +1,220 @@
+"""SubjectTokens: train the weights only through the tokens of the subject."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kedit_train.callbacks.base import EditCallback
+from kedit_train.core.cache.layer_stack import call_arguments
+from kedit_train.core.cache.sequence_keys import real_tokens
+from kedit_train.core.drift.linear_layers import LinearLayer, find_linear_layers
+from kedit_train.core.run import EditRun
+from kedit_train.core.scope.blocks import place_in_blocks
+from kedit_train.core.scope.subject_positions import SubjectPositions
+from kedit_train.core.weak_hook import weak_hook
+from kedit_train.data import EditDataset
+from kedit_train.data.neighbor_prompts import has_subject
+from kedit_train.errors import EditError, reported_by, warn
+from kedit_train.functional.gradient_positions import gradient_positions
+
+# An attribute of a tensor of hidden states: the chosen positions of the forward pass that computed the tensor.
+_CHOSEN = "_kedit_subject_positions"
+# A warning is issued if none of the first training examples contains the prompt of an edit.
+_EXAMPLES = 32
+
+
+class SubjectTokens(EditCallback):
+    """Compute the gradients of the weights in scope only from the tokens of the subject.
+
+    In the prompt "The mother tongue of Danielle Darrieux is", the subject is "Danielle Darrieux". Plain fine-tuning
+    mostly changes what the model computes at the last token of the prompt. This change depends on the wording of the
+    prompt, so the model does not give the new answer to rephrased prompts. With this callback, the edit can only change
+    what the model computes at the tokens of the subject. These tokens are also in rephrased prompts, but not in prompts
+    about other subjects. ROME edits a model at the last token of the subject for the same reason.
+
+    Only the gradients of the weights in scope change. The model computes the same outputs and the same loss, and the
+    gradients of hidden states still flow through all tokens.
+
+    A training example belongs to an edit if its text contains the prompt of the edit. Examples without the prompt of an
+    edit, edits without a subject, and penalties of other callbacks, such as ``KLLocality``, are trained at all tokens.
+
+    Args:
+        edits: the edits that are trained (a path, a list of ``Edit`` or an ``EditDataset``). None uses the edits of
+            ``EditMetrics`` or of the training loop.
+
+    Logs ``edit/scope/subject_examples`` (the fraction of training examples in which a subject was found) and
+    ``edit/scope/subject_share`` (the fraction of positions that train the weights).
+
+    Raises:
+        EditError: the edits of the run are unknown; the scope contains parameters other than weights of ``nn.Linear``,
+            ``Conv1D`` or LoRA factors in the decoder blocks; a weight is sharded; or the model receives embeddings
+            instead of token ids.
+
+    References:
+        "Locating and Editing Factual Associations in GPT", arXiv 2202.05262.
+
+    Example:
+        >>> import torch
+        >>> from kedit_train import EditDataset, editing, world
+        >>> from kedit_train.callbacks import ParameterScope, SubjectTokens
+        >>> model, tokenizer = world.load()
+        >>> edits = EditDataset.load("world", limit=1)
+        >>> batch = tokenizer(f"{edits[0].prompt} {edits[0].target}", return_tensors="pt")
+        >>> callbacks = [ParameterScope(0.7, modules="mlp.down_proj.weight"), SubjectTokens(edits=edits)]
+        >>> with editing(model, callbacks, tokenizer=tokenizer, log_every_n_steps=1) as run:
+        ...     optimizer = torch.optim.Adam(run.parameters(), lr=1e-3)
+        ...     run.before_step()
+        ...     model(**batch, labels=batch["input_ids"]).loss.backward()
+        ...     optimizer.step()
+        >>> run.history[-1]["edit/scope/subject_examples"]
+        1.0
+    """
+
+    # This callback comes last, so that the statistics of other callbacks are computed without its hooks.
+    order = 90
+    duplicate_hint = "keep one SubjectTokens"
+
+    def __init__(self, *, edits: Any = None) -> None:
+        # An iterator can be read only once, but later runs read the edits again.
+        self.edits: Any = list(edits) if isinstance(edits, Iterator) else edits
+        self._handles: list[Any] = []
+        self._positions: SubjectPositions | None = None
+        self._run: EditRun | None = None
+        # The chosen positions of the current forward pass [rows, length], whether the pass is inside the backbone, and
+        # whether checkpointing recomputes a block whose positions are known.
+        self._chosen: Tensor | None = None
+        self._inside = self._recalled = self._warned = False
+        self._share = [0, 0]
+
+    def prepare(self, run: EditRun) -> None:
+        run.causal_model()
+        if self.edits is not None:
+            run.edits = run.edits or EditDataset.of(self.edits)
+
+    def attach(self, run: EditRun) -> None:
+        edits = run.edits if self.edits is None else EditDataset.of(self.edits)
+        if not edits:
+            raise EditError(
+                "the edits of this run are unknown; pass edits= (a path, a list of Edit or an EditDataset), or add "
+                "EditMetrics(edits)."
+            )
+        layers = find_linear_layers(run.model, run.scope)
+        places = {name: place_in_blocks(run.model, name) for name in layers}
+        paths = {path for path, index in places.values() if index >= 0}
+        if len(paths) != 1 or any(index < 0 for _, index in places.values()):
+            raise EditError(
+                "every weight in scope must be inside the decoder blocks of the model; choose weights such as "
+                "ParameterScope(modules='mlp.down_proj.weight')."
+            )
+        without = sum(not has_subject(edit) for edit in edits)
+        if without:
+            warn(
+                f"{without} of {len(edits)} edits have no subject in their prompt, so they are trained at all "
+                "tokens; give Edit(subject=) the name of the thing that the edit is about."
+            )
+        (path,) = paths
+        self._run, self._positions = run, SubjectPositions(run.tokenizer(), edits)
+        self._chosen, self._warned, self._share = None, False, [0, 0]
+        self._inside = self._recalled = False
+        backbone = run.model.get_submodule(path.rpartition(".")[0])
+        blocks = run.model.get_submodule(path)
+        add = self._handles.append
+        add(backbone.register_forward_pre_hook(weak_hook(self._enter), with_kwargs=True))
+        add(backbone.register_forward_hook(weak_hook(self._leave), always_call=True))
+        for index in sorted({index for _, index in places.values()}):
+            block: nn.Module = blocks[index]  # type: ignore[index]
+            add(block.register_forward_pre_hook(weak_hook(self._mark), with_kwargs=True))
+            for child in block.children():
+                add(child.register_forward_pre_hook(weak_hook(self._recall), with_kwargs=True))
+        for layer in layers.values():
+            for module in layer.modules:
+                add(module.register_forward_hook(self._limit(layer)))
+
+    def metrics(self, run: EditRun) -> dict[str, float]:
+        positions = self._positions
+        if positions is None or not positions.rows:
+            return {}
+        chosen, total = self._share
+        return {
+            "edit/scope/subject_examples": positions.found / positions.rows,
+            "edit/scope/subject_share": chosen / total,
+        }
+
+    def after_step(self, run: EditRun) -> None:
+        positions = self._positions
+        if positions and not self._warned and positions.rows >= _EXAMPLES and not positions.found:
+            self._warned = True
+            warn(
+                f"none of the first {positions.rows} training examples contains the prompt and the subject of an edit, "
+                "so they are trained at all tokens; set edits= to the edits in the training data."
+            )
+
+    def detach(self, run: EditRun) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self._positions, self._run, self._chosen = [], None, None, None
+
+    # -- one forward pass, in the order of the calls
+
+    def _enter(self, backbone: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._chosen, self._inside, self._recalled = None, True, False
+        run, positions = self._run, self._positions
+        if run is None or positions is None or run.steps.adding_penalties or not torch.is_grad_enabled():
+            return
+        inputs = call_arguments(backbone, args, kwargs)
+        ids = inputs.get("input_ids")
+        if not isinstance(ids, Tensor) or ids.ndim != 2:
+            with reported_by("SubjectTokens"):
+                raise EditError(
+                    "the model must receive input_ids [rows, length] to find the subjects, got no token ids (for "
+                    "example inputs_embeds); remove SubjectTokens."
+                )
+        real = real_tokens(inputs.get("attention_mask"), ids)
+        self._chosen = positions.find(ids, real)
+        self._share[0] += int((self._chosen & real).sum())
+        self._share[1] += int(real.sum())
+
+    def _leave(self, backbone: nn.Module, args: Any, output: Any) -> None:
+        self._inside = False
+
+    def _mark(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Remember the chosen positions for the input of a block. Checkpointing needs them to recompute the block."""
+        hidden = args[0] if args else kwargs.get("hidden_states")
+        if self._inside and isinstance(hidden, Tensor):
+            setattr(hidden, _CHOSEN, self._chosen)
+
+    def _recall(self, child: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden = args[0] if args else kwargs.get("hidden_states")
+        if not self._inside and hasattr(hidden, _CHOSEN):
+            self._chosen, self._recalled = getattr(hidden, _CHOSEN), True
+
+    def _limit(self, layer: LinearLayer) -> Any:
+        """Return a forward hook for the modules of a layer in scope: only the chosen positions reach the weight."""
+        reference = weakref.ref(self)
+
+        def hook(module: Any, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+            callback = reference()
+            if callback is None or not output.requires_grad or all(module is not own for own in layer.modules):
+                return None
+            if not (callback._inside or callback._recalled):
+                with reported_by("SubjectTokens"):
+                    raise EditError(
+                        f"{layer.name} was used outside of a forward pass of the model; if the model uses gradient "
+                        'checkpointing, set gradient_checkpointing_kwargs={"use_reentrant": False}.'
+                    )
+            if (chosen := callback._chosen) is None:
+                return None
+            if output.shape[:-1] != chosen.shape:
+                with reported_by("SubjectTokens"):
+                    raise EditError(
+                        f"{layer.name} must have outputs [rows, length, features], got {list(output.shape)} for token "
+                        f"ids {list(chosen.shape)}; choose other weights for the scope."
+                    )
+            return gradient_positions(output, args[0], layer.as_matrix(module.weight), chosen)
+
+        return hook

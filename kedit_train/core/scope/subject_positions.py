@@ -1,0 +1,86 @@
+"""Find the tokens of the subjects of edits in training batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kedit_train.data.neighbor_prompts import subject_spans
+from kedit_train.edit import Edit
+
+
+class SubjectPositions:
+    """Finds the positions of the subjects of edits in rows of token ids.
+
+    A row belongs to an edit if its text contains the prompt of the edit. The prompt may be inside of a chat template or
+    after other text, and a packed row can contain several prompts.
+
+    Args:
+        tokenizer: the tokenizer of the rows.
+        edits: the edits. Edits whose prompt does not contain their subject are ignored.
+
+    Attributes:
+        rows: number of rows so far.
+        found: number of rows so far that contain a prompt with its subject.
+    """
+
+    def __init__(self, tokenizer: Any, edits: Sequence[Edit]) -> None:
+        self._tokenizer = tokenizer
+        self._subjects = {edit.prompt: spans for edit in edits if (spans := subject_spans(edit))}
+        self._known: dict[tuple[int, ...], list[int] | None] = {}
+        self.rows = self.found = 0
+
+    def find(self, ids: Tensor, real: Tensor) -> Tensor:
+        """Return which positions belong to a subject.
+
+        Args:
+            ids: [rows, length], token ids.
+            real: [rows, length], bool: which positions are tokens and not padding.
+
+        Returns:
+            [rows, length], bool. A row without the prompt of an edit is True everywhere.
+        """
+        chosen = torch.ones(ids.shape, dtype=torch.bool)
+        for row, (own, mask) in enumerate(zip(ids.tolist(), real.tolist(), strict=True)):
+            columns = [column for column, is_real in enumerate(mask) if is_real]
+            positions = self._positions(tuple(own[column] for column in columns))
+            self.rows += 1
+            if positions is not None:
+                self.found += 1
+                chosen[row] = False
+                chosen[row, [columns[position] for position in positions]] = True
+        return chosen.to(ids.device)
+
+    def _positions(self, tokens: tuple[int, ...]) -> list[int] | None:
+        """Return the indices of the tokens of all subjects in a row; None if it contains no prompt of an edit."""
+        if tokens not in self._known:
+            spans = list(self._spans(self._text(tokens)))
+            self._known[tokens] = self._overlapping(tokens, spans) if spans else None
+        return self._known[tokens]
+
+    def _spans(self, text: str) -> Iterator[tuple[int, int]]:
+        """Yield where subjects begin and end in a text, in characters."""
+        for prompt, spans in self._subjects.items():
+            at = text.find(prompt)
+            while at >= 0:
+                yield from ((at + begin, at + end) for begin, end in spans)
+                at = text.find(prompt, at + 1)
+
+    def _overlapping(self, tokens: tuple[int, ...], spans: Sequence[tuple[int, int]]) -> list[int]:
+        """Return the indices of the tokens that contain a character of a span."""
+        last = max(end for _, end in spans)
+        found, begin = [], 0
+        for index in range(len(tokens)):
+            end = len(self._text(tokens[: index + 1]))
+            if any(begin < stop and start < end for start, stop in spans):
+                found.append(index)
+            if end >= last:
+                break
+            begin = end
+        return found
+
+    def _text(self, tokens: Sequence[int]) -> str:
+        return self._tokenizer.decode(list(tokens), clean_up_tokenization_spaces=False)
