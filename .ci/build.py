@@ -1,8 +1,9 @@
 """Build the sdist and the wheel into dist/, and try the wheel in a new virtual environment, outside of the checkout.
 
-The wheel is built from the unpacked sdist, so that a file that the sdist lacks is missing in the wheel, too. By default,
-the new environment takes the dependencies from the environment of this script, which needs no network. With --clean, it
-installs them from the package index. In both cases, pip checks that every dependency of the wheel is present.
+The wheel is built from the unpacked sdist, so that a file that the sdist lacks is missing in the wheel, too. By
+default, the new environment takes the dependencies from the environment of this script, which needs no network. With
+--clean, it installs them from the package index. In both cases, pip checks that every dependency of the wheel is
+present.
 
 Usage: make build, or python .ci/build.py [--clean] [--out FOLDER]
 """

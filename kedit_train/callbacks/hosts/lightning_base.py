@@ -18,7 +18,11 @@ from typing import TYPE_CHECKING, Any
 LIGHTNING = "lightning.pytorch"
 
 if TYPE_CHECKING:
-    from lightning.pytorch import Callback as LightningCallback
+    from lightning.pytorch import Callback
+
+    class LightningCallback(Callback):
+        """A ``lightning.pytorch.Callback``."""
+
 else:
 
     class _Placeholder:

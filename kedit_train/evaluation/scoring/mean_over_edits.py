@@ -42,7 +42,8 @@ class MeanOverEdits(Metric):
 
     def __init__(self, n_edits: int, *, seed: int = 0, resamples: int = RESAMPLES, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.seed, self.resamples = seed, resamples
+        self.seed = seed
+        self.resamples = resamples
         self.add_state("total", default=torch.zeros(n_edits, dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("count", default=torch.zeros(n_edits, dtype=torch.int64), dist_reduce_fx="sum")
 
