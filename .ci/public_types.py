@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-SCORE = 0.89
+SCORE = 0.96
 
 
 def verify() -> dict[str, Any]:
