@@ -66,7 +66,7 @@ recipes-check: $(READY)  ## run every recipe and compare with the numbers in its
 	$(BIN)/python tests/benchmarks/recipes_check.py $(CHECK)
 
 # torch is installed first, because its pinned version can be a CPU build; a range would bring a CUDA build.
-$(READY): pyproject.toml constraints.txt
+$(READY): pyproject.toml constraints.txt kedit_train/version.py
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
