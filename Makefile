@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo demo-smollm2 smollm2 test test-all style lint format bench bench-gpu compare recipes-check clean
+.PHONY: demo demo-smollm2 smollm2 test test-all style lint format build bench bench-gpu compare recipes-check clean
 
 demo: $(READY)  ## edit 24 facts in the bundled model and print a report
 	$(BIN)/lightning run recipes/quickstart.yaml
@@ -28,12 +28,16 @@ style: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-lint: style  ## style and types; pyright takes more than a minute
+lint: style  ## style, types, and the types that users of the package see; pyright takes more than a minute
 	$(BIN)/pyright
+	$(BIN)/python .ci/public_types.py
 
 format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+build: $(READY)  ## build the sdist and the wheel into dist/ and try the wheel; BUILD=--clean installs its dependencies anew
+	$(BIN)/python .ci/build.py $(BUILD)
 
 bench: $(READY)  ## compare with what a user would run instead and write tests/benchmarks/RESULTS.md; about 20 minutes
 	$(BIN)/python tests/benchmarks/equal_reliability.py $(BENCH)
@@ -62,7 +66,7 @@ recipes-check: $(READY)  ## run every recipe and compare with the numbers in its
 	$(BIN)/python tests/benchmarks/recipes_check.py $(CHECK)
 
 # torch is installed first, because its pinned version can be a CPU build; a range would bring a CUDA build.
-$(READY): pyproject.toml constraints.txt
+$(READY): pyproject.toml constraints.txt kedit_train/version.py
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'

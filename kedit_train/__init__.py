@@ -8,6 +8,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from kedit_train.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from kedit_train.augmentation import AugmentationOptions
     from kedit_train.callbacks import (
@@ -49,8 +51,6 @@ if TYPE_CHECKING:
     from kedit_train.modules import EditDataModule, EditModule
     from kedit_train.pretrained import load_model
     from kedit_train.trainers import EditSFTConfig, EditSFTTrainer
-
-__version__ = "0.2.0"
 
 # Section of docs/api.md -> public name -> the module that defines it or re-exports it.
 PUBLIC_SECTIONS: dict[str, dict[str, str]] = {

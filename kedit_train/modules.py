@@ -95,9 +95,13 @@ class EditModule(LightningModule):
         check_model(learning_rate=learning_rate, save_path=save_path)
         adapter = None if lora is None else lora_config(lora)
         check_not_gated(name)
-        self.name, self.save_path, self.learning_rate = name, save_path, learning_rate
+        self.name = name
+        self.save_path = save_path
+        self.learning_rate = learning_rate
         # The model is loaded here and not in configure_model, because the setup of the callbacks runs before
         # configure_model and selects parameters.
+        self.model: Any
+        self.tokenizer: Any
         self.model, self.tokenizer = load_model(name, dtype=dtype, trust_remote_code=trust_remote_code)
         if chat_template is not None:
             self.tokenizer.chat_template = chat_template
@@ -211,13 +215,17 @@ class EditDataModule(LightningDataModule):
     ) -> None:
         super().__init__()
         prompt_format = check_data(batch_size=batch_size, append_eos=append_eos, prompt_format=prompt_format)
-        self.path, self.batch_size, self.texts = path, batch_size, texts
+        self.path = path
+        self.batch_size = batch_size
+        self.texts = texts
         self.append_eos: AppendEos = append_eos
         self.answer_end: EndDecision | None = None
         self.prompt_format: PromptFormat = prompt_format
         # A configuration file gives a mapping.
-        self.augmentation = AugmentationOptions(**augmentation) if isinstance(augmentation, Mapping) else augmentation
-        self.edits = EditDataset.load(path, limit=limit, on_error=on_error)
+        self.augmentation: AugmentationOptions = (
+            AugmentationOptions(**augmentation) if isinstance(augmentation, Mapping) else augmentation
+        )
+        self.edits: EditDataset = EditDataset.load(path, limit=limit, on_error=on_error)
         # The same check runs when the edits are tokenized. The early check here saves the time to load a large model.
         self.edits.check_trained_together()
         self.added: list[Edit] = []
@@ -227,7 +235,7 @@ class EditDataModule(LightningDataModule):
     def setup(self, stage: str) -> None:
         """Tokenize the edits with the tokenizer of the trained module, and make the additional examples."""
         module: Any = self.trainer.lightning_module if self.trainer is not None else None
-        self.tokenizer = getattr(module, "tokenizer", None)
+        self.tokenizer: Any | None = getattr(module, "tokenizer", None)
         if self.tokenizer is None:
             raise EditError(
                 f"the module must have an attribute 'tokenizer' to tokenize the edits, but {type(module).__name__} has "

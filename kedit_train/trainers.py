@@ -287,7 +287,7 @@ class EditSFTTrainer(SFTTrainer):
                 callback.edits = edits  # type: ignore[attr-defined]
         super().__init__(model, args=args, train_dataset=examples, callbacks=all_callbacks, **kwargs)
         with reported_by("EditSFTTrainer"):
-            self.answer_end = None if own_edits is None else self._decide_end(own_edits)
+            self.answer_end: EndDecision | None = None if own_edits is None else self._decide_end(own_edits)
         args.answer_end = self.answer_end  # type: ignore[misc]
         args.trained_edits = edits if own_edits is None else own_edits  # type: ignore[misc]
 
@@ -313,7 +313,7 @@ class EditSFTTrainer(SFTTrainer):
                 "packing must be False if the targets do not end with end-of-text, or if prompt_format has "
                 "thinking=True; set packing=False."
             )
-        self.train_dataset = edits.to_tokens(
+        self.train_dataset: Any = edits.to_tokens(
             tokenizer, append_eos=decision.append, prompt_format=prompt_format, max_length=args.max_length
         )
         return decision

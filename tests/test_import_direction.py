@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "kedit_train"
 # Each layer may import itself and the layers before it (docs/architecture.md).
 LAYERS = (
     (
-        *("errors", "arguments", "optional", "owners", "atomic_write", "gguf_file", "evaluation_mode"),
+        *("errors", "arguments", "optional", "owners", "atomic_write", "gguf_file", "evaluation_mode", "version"),
         "paths",
         *("safetensors_header", "safetensors_file", "functional", "edit"),
     ),

@@ -60,11 +60,12 @@ class ActiveSet(EditCallback):
 
     # ActiveSet comes after the token loss, which creates the loss head.
     order = 25
-    duplicate_hint = "one ActiveSet handles all edits, so remove the second one"
+    duplicate_hint: str | None = "one ActiveSet handles all edits, so remove the second one"
 
     def __init__(self, recheck: int = 4, *, probability: float | None = None) -> None:
         check_arguments(self, recheck=(recheck, integer_from(1)), probability=(probability, optional(within("(0, 1)"))))
-        self.recheck, self.probability = recheck, probability
+        self.recheck = recheck
+        self.probability = probability
         self._examples: ActiveExamples | None = None
 
     def requires(self) -> Sequence[Requirement]:

@@ -60,7 +60,7 @@ class BatchAnchor(EditCallback):
 
     order = 30
     anchors = True
-    duplicate_hint = "keep one BatchAnchor, and set its weight= to the sum of the two weights"
+    duplicate_hint: str | None = "keep one BatchAnchor, and set its weight= to the sum of the two weights"
 
     def __init__(
         self,
@@ -76,7 +76,7 @@ class BatchAnchor(EditCallback):
         )
         self.weight = weight
         self.direction: Direction = direction
-        self.cache = ReferenceCache.of(cache)
+        self.cache: ReferenceCache = ReferenceCache.of(cache)
         self._term: AnchorTerm | None = None
 
     def provides(self) -> set[str]:

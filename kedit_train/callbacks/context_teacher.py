@@ -86,7 +86,7 @@ class ContextTeacher(TokenLoss):
         True
     """
 
-    columns = ("active", "taught")
+    columns: tuple[str, ...] = ("active", "taught")
 
     def __init__(
         self,
@@ -110,7 +110,9 @@ class ContextTeacher(TokenLoss):
         )
         # An iterator can be read only once, but later runs read the edits again.
         self.edits: Any = list(edits) if isinstance(edits, Iterator) else edits
-        self.context, self.top_k, self.min_followed = context, top_k, min_followed
+        self.context = context
+        self.top_k = top_k
+        self.min_followed = min_followed
         self.prompt_format: PromptFormat | None = prompt_format
         self._followed = 0.0
 

@@ -114,7 +114,7 @@ class EditMetrics(EditCallback):
 
     order = 60
     follows_steps = True
-    duplicate_hint = "keep one EditMetrics and pass all edits to it"
+    duplicate_hint: str | None = "keep one EditMetrics and pass all edits to it"
 
     def __init__(
         self,
@@ -138,11 +138,17 @@ class EditMetrics(EditCallback):
         )
         if stop_at is not None:
             check_arguments(self, every_n_steps=(every_n_steps, above(0)))
-        self.edits, self.every_n_steps, self.stop_at, self.limit = edits, every_n_steps, stop_at, limit
-        self.report_path, self.show, self.max_fraction_of_time = report_path, show, max_fraction_of_time
+        self.edits = edits
+        self.every_n_steps = every_n_steps
+        self.stop_at = stop_at
+        self.limit = limit
+        self.report_path = report_path
+        self.show = show
+        self.max_fraction_of_time = max_fraction_of_time
         # Configuration files that are not read by LightningCLI give a mapping.
         fields = evaluation if isinstance(evaluation, Mapping) else {}
-        self.evaluation = evaluation if isinstance(evaluation, EvaluationOptions) else EvaluationOptions(**fields)
+        options = evaluation if isinstance(evaluation, EvaluationOptions) else EvaluationOptions(**fields)
+        self.evaluation: EvaluationOptions = options
         self.unedited: Report | None = None
         self.report: Report | None = None
         self.best: dict[str, float] = {}
@@ -170,7 +176,8 @@ class EditMetrics(EditCallback):
 
     def attach(self, run: EditRun) -> None:
         self.report, self._evaluated_step, self._scores = None, -1, {}
-        self.skipped, self._seconds, self._seconds_in_training = 0, 0.0, 0.0
+        self.skipped: int = 0
+        self._seconds, self._seconds_in_training = 0.0, 0.0
         self._tokenizer, self._options = run.tokenizer(self.evaluation.tokenizer), self.evaluation
         if self.evaluation.prompt_format is None:
             asked = resolve_format(run, self._tokenizer, self._edits)

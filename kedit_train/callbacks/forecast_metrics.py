@@ -85,7 +85,7 @@ class ForecastMetrics(EditCallback):
 
     order = 60
     follows_steps = True
-    duplicate_hint = "keep one ForecastMetrics and pass all inputs to it"
+    duplicate_hint: str | None = "keep one ForecastMetrics and pass all inputs to it"
 
     def __init__(
         self,
@@ -106,9 +106,13 @@ class ForecastMetrics(EditCallback):
             output=(output, SELECTION),
             module=(module, optional(_NAME)),
         )
-        self.new, self.kept, self.every_n_steps, self.output, self.module = new, kept, every_n_steps, output, module
+        self.new = new
+        self.kept = kept
+        self.every_n_steps = every_n_steps
+        self.output = output
+        self.module = module
         self.error: Literal["mse", "quantile"] = error
-        self.quantiles = None if quantiles is None else list(quantiles)
+        self.quantiles: list[float] | None = None if quantiles is None else list(quantiles)
         self.unedited_error: float | None = None
         self.last_error: float | None = None
         self.last_change: float | None = None

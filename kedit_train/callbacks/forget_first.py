@@ -104,7 +104,7 @@ class ForgetFirst(EditCallback):
 
     # ForgetFirst comes last, so that the other callbacks have read the reference model before the weights change.
     order = 99
-    duplicate_hint = "keep one ForgetFirst and pass all edits to it"
+    duplicate_hint: str | None = "keep one ForgetFirst and pass all edits to it"
 
     def __init__(
         self,
@@ -128,13 +128,16 @@ class ForgetFirst(EditCallback):
             max_probability=(max_probability, within("(0, 1)")),
             max_perplexity_ratio=(max_perplexity_ratio, at_least(1)),
         )
-        self.subtraction = Subtraction(coefficients, scale, max_probability, max_perplexity_ratio)
-        self.training = ForgetTraining(**training) if isinstance(training, Mapping) else training or ForgetTraining()
-        self.texts = Texts.of(texts)
-        self.edits = list(edits) if isinstance(edits, Iterator) else edits
+        self.subtraction: Subtraction = Subtraction(coefficients, scale, max_probability, max_perplexity_ratio)
+        self.training: ForgetTraining = (
+            ForgetTraining(**training) if isinstance(training, Mapping) else training or ForgetTraining()
+        )
+        self.texts: Texts = Texts.of(texts)
+        self.edits: Any = list(edits) if isinstance(edits, Iterator) else edits
         self.prompt_format: PromptFormat = prompt_format
         self.measured: list[Measurement] = []
-        self.chosen, self.length = 0, 0.0
+        self.chosen: Any = 0
+        self.length: float = 0.0
 
     def prepare(self, run: EditRun) -> None:
         run.causal_model()

@@ -111,7 +111,9 @@ class ForgettingBudget(EditCallback):
             max_weight=(max_weight, above(_SMALLEST_WEIGHT)),
             stop_after=(stop_after, optional(integer_from(1))),
         )
-        self.kl, self.step_size, self.max_weight = kl, step_size, max_weight
+        self.kl = kl
+        self.step_size = step_size
+        self.max_weight = max_weight
         self.measured_on: Measured | None = measured_on
         self.stop_after = stop_after
         self.weight: float | None = None

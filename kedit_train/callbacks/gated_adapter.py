@@ -111,7 +111,7 @@ class GatedAdapter(EditCallback):
 
     # The gate must be installed before other callbacks measure the model.
     order = 5
-    duplicate_hint = "keep one GatedAdapter and pass all edits to it"
+    duplicate_hint: str | None = "keep one GatedAdapter and pass all edits to it"
 
     def __init__(
         self,
@@ -136,8 +136,13 @@ class GatedAdapter(EditCallback):
         )
         # An iterator can be read only once, but later runs read the edits again.
         self.edits: Any = list(edits) if isinstance(edits, Iterator) else edits
-        self.texts, self.margin, self.layer, self.neighbors = Texts.of(texts), margin, layer, neighbors
-        self.path, self.limit, self.batch_size = path, limit, batch_size
+        self.texts: Texts = Texts.of(texts)
+        self.margin = margin
+        self.layer = layer
+        self.neighbors = neighbors
+        self.path = path
+        self.limit = limit
+        self.batch_size = batch_size
         self.gate: Gate | None = None
         self._distance, self._complete = 0.0, False
         self._checked = self._warned = False

@@ -110,13 +110,14 @@ class GradientMask(EditCallback):
             mask_path=(mask_path, optional(PATH)),
             save_path=(save_path, optional(PATH)),
         )
-        self.score = MaskScore.of(score)
+        self.score: MaskScore = MaskScore.of(score)
         self.density = density
         self.granularity: Granularity = granularity
         # An iterator can be read only once, but prepare, attach and later runs all read the edits.
         self.edits: Any = list(edits) if isinstance(edits, Iterator) else edits
-        self.texts = None if texts is None else Texts.of(texts)
-        self.mask_path, self.save_path = mask_path, save_path
+        self.texts: Texts | None = None if texts is None else Texts.of(texts)
+        self.mask_path = mask_path
+        self.save_path = save_path
         if (texts is None) == (self.score.name == "fisher_ratio"):
             rule = "must be given" if texts is None else "must be None"
             raise EditError(

@@ -110,11 +110,13 @@ class KLLocality(EditCallback):
             direction=(direction, one_of(("forward", "reverse", "jsd"))),
             batch_size=(batch_size, integer_from(1)),
         )
-        self.texts = Texts.of(texts)
-        self.weight, self.batch_size, self.sequential = weight, batch_size, sequential
+        self.texts: Texts = Texts.of(texts)
+        self.weight = weight
+        self.batch_size = batch_size
+        self.sequential = sequential
         self.direction: Direction = direction
-        self.teacher = None if teacher is None else Teacher.of(teacher)
-        self.cache = ReferenceCache.of(cache)
+        self.teacher: Teacher | None = None if teacher is None else Teacher.of(teacher)
+        self.cache: ReferenceCache = ReferenceCache.of(cache)
         self._batches: ReferenceBatches | None = None
         self._balance: PenaltyBalance | None = None
         if not sequential:

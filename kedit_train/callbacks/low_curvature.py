@@ -98,7 +98,7 @@ class LowCurvature(EditCallback):
 
     order = 40
     constrains = True
-    duplicate_hint = "a second projection undoes part of the first, so pass all texts to one LowCurvature"
+    duplicate_hint: str | None = "a second projection undoes part of the first, so pass all texts to one LowCurvature"
 
     def __init__(
         self,
@@ -117,9 +117,12 @@ class LowCurvature(EditCallback):
             limit=(limit, optional(integer_from(1))),
             batch_size=(batch_size, integer_from(1)),
         )
-        self.texts = Texts.of(texts)
-        self.energy, self.factors_path, self.sequential = energy, factors_path, sequential
-        self.limit, self.batch_size = limit, batch_size
+        self.texts: Texts = Texts.of(texts)
+        self.energy = energy
+        self.factors_path = factors_path
+        self.sequential = sequential
+        self.limit = limit
+        self.batch_size = batch_size
         self._projection = ChangeProjection({}, {}, project_low_curvature)
         self._accumulated: KFACFactors | None = None
         self._model: weakref.ref[nn.Module] | None = None

@@ -90,7 +90,11 @@ class NormBall(EditCallback):
             anchor=(anchor, one_of(["base", "previous"])),
             fraction=(fraction, above(0)),
         )
-        self.radius, self.norm, self.per, self.anchor, self.fraction = radius, norm, per, anchor, fraction
+        self.radius = radius
+        self.norm = norm
+        self.per = per
+        self.anchor = anchor
+        self.fraction = fraction
         self._anchors = AnchorWeights(anchor)
         self._radii: dict[str, float] = {}
         self._bounds: dict[str, tuple[Tensor, Tensor]] = {}

@@ -119,7 +119,7 @@ class NullSpace(EditCallback):
     # NullSpace comes after LowCurvature, because only the last projection is exact.
     order = 41
     constrains = True
-    duplicate_hint = "a second projection undoes part of the first, so pass all texts to one NullSpace"
+    duplicate_hint: str | None = "a second projection undoes part of the first, so pass all texts to one NullSpace"
 
     def __init__(
         self,
@@ -143,8 +143,13 @@ class NullSpace(EditCallback):
         )
         source = list(texts) if isinstance(texts, Iterator) else texts
         self.texts: Any = source if holds_model_inputs(source) else Texts.of(source)
-        self.neighbors, self.energy, self.preserve, self.sequential = neighbors, energy, preserve, sequential
-        self.factors_path, self.limit, self.batch_size = factors_path, limit, batch_size
+        self.neighbors = neighbors
+        self.energy = energy
+        self.preserve = preserve
+        self.sequential = sequential
+        self.factors_path = factors_path
+        self.limit = limit
+        self.batch_size = batch_size
         self._projection = ChangeProjection({}, {}, project_free)
         self._previous = PreviousInputs()
         # The second moments of the texts in preserve.

@@ -96,9 +96,13 @@ class OutputAnchor(EditCallback):
             module=(module, optional(_NAME)),
             seed=(seed, integer_from(0)),
         )
-        self.inputs, self.output, self.module = inputs, output, module
+        self.inputs = inputs
+        self.output = output
+        self.module = module
         self.distance: Distance = distance
-        self.weight, self.batch_size, self.seed = weight, batch_size, seed
+        self.weight = weight
+        self.batch_size = batch_size
+        self.seed = seed
         self._reference: ReferenceOutputs | None = None
 
     def provides(self) -> set[str]:
@@ -107,7 +111,7 @@ class OutputAnchor(EditCallback):
     def prepare(self, run: EditRun) -> None:
         self._items = read_model_inputs(self.inputs, "inputs")
         # This attribute is public, so a distributed run checks that it is the same in all processes.
-        self.inputs_hash = hash_model_inputs(self._items)
+        self.inputs_hash: str = hash_model_inputs(self._items)
 
     def attach(self, run: EditRun) -> None:
         self._reference = ReferenceOutputs(

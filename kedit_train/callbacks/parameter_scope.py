@@ -59,7 +59,7 @@ class ParameterScope(EditCallback):
     """
 
     order = 0
-    duplicate_hint = "use one ParameterScope with all layers and modules"
+    duplicate_hint: str | None = "use one ParameterScope with all layers and modules"
 
     def __init__(
         self,
@@ -77,7 +77,9 @@ class ParameterScope(EditCallback):
             )
         with reported_by("ParameterScope"):
             check_selection(layers, modules)
-        self.layers, self.modules, self.full_precision = layers, modules, full_precision
+        self.layers = layers
+        self.modules = modules
+        self.full_precision = full_precision
         self._handles: list[Any] = []
 
     def prepare(self, run: EditRun) -> None:

@@ -73,7 +73,7 @@ class PolyakStep(EditCallback):
     # PolyakStep comes before all constraints, because it replaces the step that the constraints are applied to.
     order = 30
     constrains = True
-    duplicate_hint = "the second one would replace the step of the first, so keep only one"
+    duplicate_hint: str | None = "the second one would replace the step of the first, so keep only one"
 
     def __init__(self, step_size: float = 0.1) -> None:
         check_arguments(self, step_size=(step_size, within("(0, 1]")))

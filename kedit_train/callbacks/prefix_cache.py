@@ -82,13 +82,15 @@ class PrefixCache(EditCallback):
     # PrefixCache comes before all callbacks with a penalty, because its penalty() activates the cache for their forward
     # passes.
     order = 10
-    duplicate_hint = "one PrefixCache serves every batch, so keep only one"
+    duplicate_hint: str | None = "one PrefixCache serves every batch, so keep only one"
 
     def __init__(
         self, memory_limit: int | str = "1GB", *, cache_dir: str | Path | None = None, recheck: int = 100
     ) -> None:
         check_arguments(self, cache_dir=(cache_dir, optional(PATH)), recheck=(recheck, integer_from(0)))
-        self.memory_limit, self.cache_dir, self.recheck = memory_limit, cache_dir, recheck
+        self.memory_limit = memory_limit
+        self.cache_dir = cache_dir
+        self.recheck = recheck
         self._bytes = parse_bytes(memory_limit, "PrefixCache")
         self._prefix: FrozenPrefix | None = None
 

@@ -102,7 +102,10 @@ class SaveDelta(EditCallback):
         self, path: str, *, at: Literal["end", "best"] = "end", edits: Any = None, license: str | None = None
     ) -> None:
         check_arguments(self, path=(path, SAFETENSORS_PATH), at=(at, one_of(("end", "best"))))
-        self.path, self.at, self.edits, self.license = path, at, edits, license
+        self.path = path
+        self.at = at
+        self.edits = edits
+        self.license = license
         self.delta: EditDelta | None = None
         self._best: tuple[float, float] | None = None
         self._values: dict[str, Tensor] = {}

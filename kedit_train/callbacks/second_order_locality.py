@@ -93,7 +93,9 @@ class SecondOrderLocality(PolyakStep):
         True
     """
 
-    duplicate_hint = "the second one would replace the step of the first, so pass all texts to one SecondOrderLocality"
+    duplicate_hint: str | None = (
+        "the second one would replace the step of the first, so pass all texts to one SecondOrderLocality"
+    )
 
     def __init__(
         self,
@@ -115,9 +117,12 @@ class SecondOrderLocality(PolyakStep):
             limit=(limit, optional(integer_from(1))),
             batch_size=(batch_size, integer_from(1)),
         )
-        self.texts = Texts.of(texts)
-        self.damping, self.factors = damping, factors
-        self.factors_path, self.limit, self.batch_size = factors_path, limit, batch_size
+        self.texts: Texts = Texts.of(texts)
+        self.damping = damping
+        self.factors = factors
+        self.factors_path = factors_path
+        self.limit = limit
+        self.batch_size = batch_size
         self._layers: dict[str, LinearLayer] = {}
         self._moments = KFACFactors({}, {})
         self._roots: dict[str, tuple[Tensor | None, Tensor]] = {}

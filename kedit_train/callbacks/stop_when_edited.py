@@ -97,9 +97,12 @@ class StopWhenEdited(EditCallback):
             smallest_probability=(smallest_probability, optional(within("(0, 1)"))),
             kl_budget=(kl_budget, optional(above(0))),
         )
-        self.loss, self.loss_steps = loss, loss_steps
-        self.reliability, self.idle_steps = reliability, idle_steps
-        self.smallest_probability, self.kl_budget = smallest_probability, kl_budget
+        self.loss = loss
+        self.loss_steps = loss_steps
+        self.reliability = reliability
+        self.idle_steps = idle_steps
+        self.smallest_probability = smallest_probability
+        self.kl_budget = kl_budget
         self.reason: str | None = None
 
     def requires(self) -> Sequence[Requirement]:

@@ -124,8 +124,9 @@ class TokenLoss(EditCallback):
                 raise EditError(message, component=type(self).__name__)
         chosen = {**DEFAULTS[objective], **{name: value for name, value in values.items() if value is not None}}
         self.objective: Objective = objective
-        self.label_weight, self.n_sigma = chosen.get("label_weight"), chosen.get("n_sigma")
-        self.epsilon = chosen["epsilon"]
+        self.label_weight: float | None = chosen.get("label_weight")
+        self.n_sigma: float | None = chosen.get("n_sigma")
+        self.epsilon: float = chosen["epsilon"]
         self.reduction: Reduction = reduction
 
     def provides(self) -> set[str]:

@@ -132,12 +132,12 @@ class WeightAnchor(EditCallback):
                 component="WeightAnchor",
             )
         self.kind: Kind = kind
-        self.strength = _DEFAULT_STRENGTH[kind] if strength is None else strength
-        self.texts = None if texts is None else Texts.of(texts)
-        self.decoupled = kind == "l2sp" if decoupled is None else decoupled
+        self.strength: float = _DEFAULT_STRENGTH[kind] if strength is None else strength
+        self.texts: Texts | None = None if texts is None else Texts.of(texts)
+        self.decoupled: bool = kind == "l2sp" if decoupled is None else decoupled
         self.anchor: Anchor = anchor
         self.limit = limit
-        self.penalizes = not self.decoupled
+        self.penalizes: bool = not self.decoupled
         self._run: EditRun | None = None
         self._anchors = AnchorWeights(anchor)
         self._fisher: dict[str, Tensor] = {}

@@ -9,7 +9,7 @@ from kedit_train.errors import EditError
 from kedit_train.processes import check_process_count, launched_processes
 
 # Argument of the trainer -> the environment variable that Fabric's launcher sets, and the default of the argument.
-FOLLOWED = {
+FOLLOWED: dict[str, tuple[str, str | None]] = {
     "accelerator": ("LT_ACCELERATOR", "auto"),
     "strategy": ("LT_STRATEGY", "auto"),
     "precision": ("LT_PRECISION", None),

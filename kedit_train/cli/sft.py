@@ -40,7 +40,13 @@ READ = frozenset((
     "log_every_n_steps", "max_epochs", "max_steps", "enable_progress_bar", "enable_checkpointing", "logger",
     "precision", "accelerator",
 ))  # fmt: skip
-PRECISION = {None: {}, "32-true": {}, "32": {}, "bf16-mixed": {"bf16": True}, "16-mixed": {"fp16": True}}
+PRECISION: dict[str | None, dict[str, bool]] = {
+    None: {},
+    "32-true": {},
+    "32": {},
+    "bf16-mixed": {"bf16": True},
+    "16-mixed": {"fp16": True},
+}
 # Keys that sft rejects, because the launcher decides the number of processes before any key is read.
 COUNTS = ("devices", "num_nodes")
 LOGGERS = {"WandbLogger": "wandb", "TensorBoardLogger": "tensorboard", "MLFlowLogger": "mlflow"}

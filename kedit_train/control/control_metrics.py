@@ -124,9 +124,13 @@ class ControlMetrics(Callback):
             batch_size=(batch_size, integer_from(1)),
         )
         with reported_by("ControlMetrics"):
-            self.prompts = [record["prompt"] for record in read_records(prompts)]
-        self.step_size, self.steps, self.radius, self.first_token = step_size, steps, radius, first_token
-        self.max_new_tokens, self.batch_size = max_new_tokens, batch_size
+            self.prompts: list[str] = [record["prompt"] for record in read_records(prompts)]
+        self.step_size = step_size
+        self.steps = steps
+        self.radius = radius
+        self.first_token = first_token
+        self.max_new_tokens = max_new_tokens
+        self.batch_size = batch_size
         self.result: dict[str, Any] = {}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -94,12 +94,16 @@ class ResponseDataModule(LightningDataModule):
             batch_size=(batch_size, integer_from(1)),
             validation=(validation, within("[0, 1)")),
         )
-        self.reward, self.cache_dir = reward, cache_dir
+        self.reward = reward
+        self.cache_dir = cache_dir
         self.prompt_format: PromptFormat = prompt_format
-        self.batch_size, self.validation = batch_size, validation
-        self.sampling = from_mapping(SamplingOptions, sampling) if isinstance(sampling, Mapping) else sampling
+        self.batch_size = batch_size
+        self.validation = validation
+        self.sampling: SamplingOptions = (
+            from_mapping(SamplingOptions, sampling) if isinstance(sampling, Mapping) else sampling
+        )
         with reported_by("ResponseDataModule"):
-            self.records = read_records(prompts)
+            self.records: list[dict[str, str]] = read_records(prompts)
         self.shards: StateShards | None = None
         self._remove_temporary: Any = None
 
@@ -124,7 +128,9 @@ class ResponseDataModule(LightningDataModule):
             if self.trainer is not None:
                 module.language_model.to(self.trainer.strategy.root_device)
             self.shards = self._collect(module)
-            self.rewards = compute_rewards(self.reward, self.shards.prompts, self.shards.texts)
+            self.rewards: Tensor = compute_rewards(self.reward, self.shards.prompts, self.shards.texts)
+        self.train_indices: list[int]
+        self.validation_indices: list[int]
         self.train_indices, self.validation_indices = self._split(self.shards.prompts)
         if stage == "fit":
             module.value.standardize(self.shards[i] for i in self.train_indices)

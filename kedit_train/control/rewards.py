@@ -62,7 +62,7 @@ class PatternReward(Reward):
     def __init__(self, pattern: str) -> None:
         check_arguments(self, pattern=(pattern, Rule("a text", lambda given: isinstance(given, str))))
         try:
-            self.pattern = re.compile(pattern, re.IGNORECASE)
+            self.pattern: re.Pattern[str] = re.compile(pattern, re.IGNORECASE)
         except re.error as error:
             raise EditError(
                 f"pattern must be a regular expression, got {cut(repr(pattern), 100)} ({error}).", "PatternReward"

@@ -58,9 +58,11 @@ class ValueModel(nn.Module):
     def __init__(self, layers: Sequence[str], *, hidden_size: int, width: int = 512) -> None:
         super().__init__()
         check_arguments(self, hidden_size=(hidden_size, integer_from(1)), width=(width, integer_from(1)))
-        self.layers, self.hidden_size, self.width = tuple(str(layer) for layer in layers), hidden_size, width
+        self.layers: tuple[str, ...] = tuple(str(layer) for layer in layers)
+        self.hidden_size = hidden_size
+        self.width = width
         self.trained_on: dict[str, Any] = {}
-        self.networks = nn.ModuleDict({name: _Network(hidden_size, width) for name in self.layers})
+        self.networks: nn.ModuleDict = nn.ModuleDict({name: _Network(hidden_size, width) for name in self.layers})
 
     def at(self, layer: str, hidden: Tensor) -> Tensor:
         """Return the values of hidden states [..., hidden] of a layer, [...] in fp32."""

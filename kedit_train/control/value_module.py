@@ -88,17 +88,21 @@ class ValueModule(LightningModule):
             target_decay=(target_decay, within("[0, 1)")),
             save_path=(save_path, optional(SAFETENSORS_PATH)),
         )
-        self.name, self.learning_rate, self.trace, self.target_decay = name, learning_rate, trace, target_decay
+        self.name = name
+        self.learning_rate = learning_rate
+        self.trace = trace
+        self.target_decay = target_decay
         self.save_path = save_path
         with reported_by("ValueModule"):
             if save_path is not None:
                 check_writable(save_path)
+            self.tokenizer: Any
             model, self.tokenizer = load_model(name, dtype=dtype)
             names = [site.name for site in find_sites(model, list(layers))]
         # The model is not registered as a submodule, so it is neither trained nor written to checkpoints.
         self.__dict__["language_model"] = model.requires_grad_(False).eval()
-        self.value = ValueModel(names, hidden_size=hidden_size(model), width=width)
-        self.target = copy.deepcopy(self.value).requires_grad_(False)
+        self.value: ValueModel = ValueModel(names, hidden_size=hidden_size(model), width=width)
+        self.target: ValueModel = copy.deepcopy(self.value).requires_grad_(False)
 
     def on_fit_start(self) -> None:
         """Copy the value function into the target network. The data module has already standardized it."""

@@ -12,6 +12,7 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from kedit_train.errors import warn
@@ -31,7 +32,7 @@ class FullPrecision:
     """
 
     def __init__(self, root: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
-        self.dtypes = {name: p.dtype for name, p in parameters.items() if p.dtype in HALF}
+        self.dtypes: dict[str, torch.dtype] = {name: p.dtype for name, p in parameters.items() if p.dtype in HALF}
         self._parameters = {name: parameters[name] for name in self.dtypes}
         original = {id(p): self.dtypes[name] for name, p in self._parameters.items()}
         owned = {

@@ -54,7 +54,7 @@ class Integrity:
         # The parameters in scope that other code had changed when before_step() was last called.
         self.written: list[str] = []
         # Whether an optimizer step came before that change. Without a step, the user may have made the change.
-        self.written_after_step = False
+        self.written_after_step: bool = False
         # Position in ``_frozen`` of the next parameter to compare.
         self._next = 0
 
@@ -282,7 +282,7 @@ class Integrity:
 
     def end(self) -> None:
         """Record checksums at the end of the run, for :func:`~kedit_train.core.after_end.check_after_end`."""
-        self.ended = self._started
+        self.ended: bool = self._started
         self.record_scope()
 
     def changed(self) -> str | None:

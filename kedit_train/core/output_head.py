@@ -60,7 +60,8 @@ class OutputHead:
         base = base.get_base_model() if hasattr(base, "get_base_model") else base
         self.module: nn.Module = base.get_output_embeddings()
         self.config: Any = base.config.get_text_config()
-        self.scale, self.softcap = 1.0, getattr(self.config, "final_logit_softcapping", None)
+        self.scale: float = 1.0
+        self.softcap: Any | None = getattr(self.config, "final_logit_softcapping", None)
         self.captured: Tensor | None = None
         self.autocast: dict[str, Any] = {}
         self._capturing = False

@@ -50,12 +50,11 @@ class EditRun(RunState):
 
     def __init__(self, root: nn.Module, host: Host) -> None:
         super().__init__(root, host)
-        self.steps = OptimizerSteps(self, release=self.close)
+        self.steps: OptimizerSteps = OptimizerSteps(self, release=self.close)
         self._head: OutputHead | None = None
         self._loss_head: LossHead | None = None
         self._finished: set[int] = set()
-        # Whether training has ended and the constraints hold, so that the edit is complete.
-        self._complete = False
+        self._complete = False  # True if training has ended and the constraints hold.
         self._saved_states: dict[Any, dict[str, Any]] = {}
         root.__dict__[_ATTRIBUTE] = self
 
@@ -124,7 +123,8 @@ class EditRun(RunState):
     def set_scope(self, scope: Mapping[str, nn.Parameter]) -> None:
         """Make only these parameters trainable, and copy their current values as the reference values."""
         check_stored(scope)
-        self.scope, self.frozen_outside = dict(scope), True
+        self.scope: dict[str, nn.Parameter] = dict(scope)
+        self.frozen_outside: bool = True
         in_scope = {id(p) for p in scope.values()}
         for parameter in self.requires_grad_before:
             parameter.requires_grad_(id(parameter) in in_scope)
@@ -133,7 +133,7 @@ class EditRun(RunState):
                 parameter.grad = None
         if self.full_precision:
             self.masters = FullPrecision(self.root, self.scope)
-        self.reference = snapshot(self.scope)
+        self.reference: dict[str, Tensor] = snapshot(self.scope)
         self.steps.integrity.record_frozen()
 
     def attach(self, callback: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from kedit_train.core.fsdp import reshard
@@ -42,14 +43,14 @@ class RunState:
         reshard(root)
         self.root = root
         self.host = host
-        self.language_model = find_language_model(root)
-        self.model = root if self.language_model is None else self.language_model
+        self.language_model: nn.Module | None = find_language_model(root)
+        self.model: nn.Module = root if self.language_model is None else self.language_model
         self.callbacks: list[Any] = []
         self.step = 0
         self.scope: dict[str, nn.Parameter] = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         self.reference: dict[str, Tensor] = {}
-        self.requires_grad_before = {p: p.requires_grad for p in root.parameters()}
-        self.shapes = {name: p.shape for name, p in self.model.named_parameters()}
+        self.requires_grad_before: dict[nn.Parameter, bool] = {p: p.requires_grad for p in root.parameters()}
+        self.shapes: dict[str, torch.Size] = {name: p.shape for name, p in self.model.named_parameters()}
         self.full_precision = False
         self.frozen_outside = False
         self.masters: FullPrecision | None = None

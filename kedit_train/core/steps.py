@@ -38,12 +38,13 @@ class OptimizerSteps:
     """
 
     def __init__(self, run: RunState, release: Callable[[], None]) -> None:
-        self.run, self._release = run, release
+        self.run = run
+        self._release = release
         self.learning_rates: dict[str, float | None] = {}
         self.gradient_scale: Tensor | float = 1.0
-        self.adding_penalties = False
+        self.adding_penalties: bool = False
         # The number of steps that a gradient scaler has skipped.
-        self.skipped = 0
+        self.skipped: int = 0
         # None until the step is announced. Afterwards, whether any callback returned a penalty.
         self._penalized: bool | None = None
         # True while the host is not yet notified of the current step, because another optimizer may share this step.
@@ -56,7 +57,7 @@ class OptimizerSteps:
         self._announced, self._written = 0, False
         # torch's counters of the writes to each parameter in scope, at the announcement of the current step.
         self._versions: list[int] = []
-        self.integrity = Integrity(run)
+        self.integrity: Integrity = Integrity(run)
         # The optimizers whose step() is running now, from the outermost to the innermost.
         self._stepping: list[Optimizer] = []
         # The names of the parameters that each optimizer has updated since the last announcement, by id(optimizer).

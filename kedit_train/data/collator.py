@@ -36,7 +36,7 @@ class EditCollator:
 
     def __init__(self, tokenizer: Any, *, padding_side: Literal["right", "left"] = "right") -> None:
         check_arguments(self, padding_side=(padding_side, one_of(("right", "left"))))
-        self.pad_token_id = pad_token_id(tokenizer)
+        self.pad_token_id: int = pad_token_id(tokenizer)
         self.padding_side = padding_side
 
     def __call__(self, examples: Sequence[Encoded]) -> dict[str, Tensor]:

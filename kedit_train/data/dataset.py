@@ -63,7 +63,7 @@ class EditDataset(TrainerDatasets):
         self._edits = tuple(edits)
         self.name = name
         self.format = format
-        self.skipped = tuple(skipped)
+        self.skipped: tuple[str, ...] = tuple(skipped)
         if not self._edits:
             raise EditError(
                 f"{name}: the dataset must contain at least one edit, got none; give an edit with a prompt and a target"

@@ -54,7 +54,8 @@ class EditDelta:
     """
 
     def __init__(self, changes: Mapping[str, Change], *, meta: Mapping[str, Any]) -> None:
-        self.changes, self.meta = dict(changes), dict(meta)
+        self.changes: dict[str, Change] = dict(changes)
+        self.meta: dict[str, Any] = dict(meta)
 
     @classmethod
     def between(

@@ -7,12 +7,13 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from kedit_train.data import EditDataset
+from kedit_train.version import __version__
 
 
 def library_versions() -> dict[str, str]:
-    """Return the installed versions of kedit-train, torch, transformers and peft."""
-    versions = {}
-    for name in ("kedit-train", "torch", "transformers", "peft"):
+    """Return the version of kedit-train, and the installed versions of torch, transformers and peft."""
+    versions = {"kedit-train": __version__}
+    for name in ("torch", "transformers", "peft"):
         try:
             versions[name] = version(name)
         except PackageNotFoundError:

@@ -116,10 +116,16 @@ class TrainLoop:
             learning_rate=(learning_rate, above(0)),
             stop_loss=(stop_loss, at_least(0)),
         )
-        self.tokenizer, self.epochs, self.batch_size = tokenizer, epochs, batch_size
-        self.learning_rate, self.stop_loss, self.optimizer = learning_rate, stop_loss, optimizer
-        self.examples = examples or ExampleOptions()
-        self.callbacks = [ParameterScope(0.7, modules="mlp.down_proj")] if callbacks is None else list(callbacks)
+        self.tokenizer = tokenizer
+        self.epochs = epochs
+        self.batch_size = batch_size
+        self.learning_rate = learning_rate
+        self.stop_loss = stop_loss
+        self.optimizer = optimizer
+        self.examples: ExampleOptions = examples or ExampleOptions()
+        self.callbacks: list[Any] = (
+            [ParameterScope(0.7, modules="mlp.down_proj")] if callbacks is None else list(callbacks)
+        )
         # The decision is made once for each model, before its first training, because the model is edited afterwards.
         self._decisions: WeakKeyDictionary[nn.Module, EndDecision] = WeakKeyDictionary()
         with reported_by("TrainLoop"):

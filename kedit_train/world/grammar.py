@@ -44,7 +44,7 @@ SENTENCES = (
     "there was a {adjective} {thing} near the {place}",
     "the {animate} and the {animate} {move} {mood} from the {place}",
 )
-WORDS = {
+WORDS: dict[str, tuple[str, ...]] = {
     "adjective": ADJECTIVES,
     "animate": ANIMATE,
     "thing": THINGS,

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 WITHOUT = """
 import sys
 
-BLOCKED = {"trl", "wandb", "datasets", "peft", "matplotlib", "jsonargparse", "typer"}
+BLOCKED = {"trl", "wandb", "datasets", "peft", "matplotlib", "jsonargparse", "typer", "lightning", "torchmetrics"}
 
 
 class Missing:

@@ -10,23 +10,14 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback
-from lightning.pytorch import callbacks as lightning_callbacks
-from lightning.pytorch.loggers import WandbLogger
 from torch import Tensor
 
+from kedit_train.callbacks.hosts.lightning_base import LightningCallback
 from kedit_train.core.after_end import check_after_end
 from kedit_train.core.host import Host
 from kedit_train.core.resume import with_current_weights
 from kedit_train.core.run import EditRun
 from kedit_train.errors import EditError
-
-# Lightning has had WeightAveraging since 2.6.
-_AVERAGING = tuple(
-    getattr(lightning_callbacks, name)
-    for name in ("StochasticWeightAveraging", "WeightAveraging")
-    if hasattr(lightning_callbacks, name)
-)
 
 
 class LightningHost(Host):
@@ -100,12 +91,17 @@ class LightningHost(Host):
         return getattr(getattr(self.trainer, "datamodule", None), "edits", None)
 
     def unsupported_reason(self) -> str | None:
+        from lightning.pytorch import callbacks
+
         launched, used = int(os.environ.get("WORLD_SIZE", "1")), self.trainer.world_size
         if used < launched:
             return (
                 f"{launched} processes were started but the trainer uses {used}, so each process trains its own model"
             )
-        averaging = next((c for c in self.trainer.callbacks if isinstance(c, _AVERAGING)), None)
+        # Lightning has had WeightAveraging since 2.6.
+        names = ("StochasticWeightAveraging", "WeightAveraging")
+        averages = tuple(getattr(callbacks, name) for name in names if hasattr(callbacks, name))
+        averaging = next((c for c in self.trainer.callbacks if isinstance(c, averages)), None)
         if averaging is not None:
             return f"{type(averaging).__name__} replaces the weights by averages, which may break the constraints"
         name = type(self.trainer.strategy).__name__
@@ -142,6 +138,8 @@ class LightningHost(Host):
                 logger.log_table(key=key, columns=list(columns), data=[list(row) for row in rows])
 
     def wandb_run(self) -> Any | None:
+        from lightning.pytorch.loggers import WandbLogger
+
         loggers = self.trainer.loggers if self.is_main else ()
         return next((logger.experiment for logger in loggers if isinstance(logger, WandbLogger)), None)
 
@@ -182,7 +180,7 @@ def _check_shapes(module: Any, state: Mapping[str, Any], prefix: str, *_: Any) -
 CHECKPOINT_KEY = "kedit_train"
 
 
-class LightningEvents(Callback):
+class LightningEvents(LightningCallback):
     """Receive the events of ``lightning.pytorch.Trainer``.
 
     Lightning sends every event to every callback. Only the first callback of a run, called its driver, passes the

@@ -159,7 +159,8 @@ class Editing:
     """
 
     def __init__(self, run: EditRun, host: LoopHost) -> None:
-        self.run, self._host = run, host
+        self.run = run
+        self._host = host
 
     @property
     def history(self) -> list[dict[str, float]]:

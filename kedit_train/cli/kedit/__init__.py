@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 from kedit_train.cli.kedit import apply, cp, eval, ls, merge, revert, show, sweep, tune, validate
 from kedit_train.errors import EditError
+from kedit_train.version import __version__
 
 VERBS: tuple[ModuleType, ...] = (ls, cp, validate, show, apply, revert, merge, sweep, eval, tune)
 EPILOG = """\
@@ -48,6 +49,7 @@ def parser() -> Parser:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    main_parser.add_argument("--version", action="version", version=f"kedit-train {__version__}")
     verbs = main_parser.add_subparsers(metavar="VERB", required=True, parser_class=Parser)
     for verb in VERBS:
         verb_parser = verbs.add_parser(

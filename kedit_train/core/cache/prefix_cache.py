@@ -78,9 +78,9 @@ class FrozenPrefix:
         ignores_padding: Callable[[], bool],
     ) -> None:
         self.model, self.prefix, self.store, self.recheck = model, prefix, store, recheck
-        self._ignores_padding = ignores_padding
         self.sequences = self.served = self.bypassed = 0
-        self.active, self.seconds_saved, self.compiled = False, 0.0, False
+        self._ignores_padding, self.active, self.compiled = ignores_padding, False, False
+        self.seconds_saved: float = 0.0
         # Seconds that the frozen layers ran, and the number of tokens that they processed.
         self._seconds_and_tokens = [0.0, 0]
         self._call: _Call | None = None

@@ -31,7 +31,9 @@ class DivergencePenalty:
     """
 
     def __init__(self, measured_on: Measured, weight: float) -> None:
-        self.measured_on, self.weight, self.adapted = measured_on, weight, False
+        self.measured_on = measured_on
+        self.weight = weight
+        self.adapted: bool = False
         self._sum, self._tokens = torch.zeros(()), 0
 
     def observe(self, divergence: Tensor) -> None:

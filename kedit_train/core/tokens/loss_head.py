@@ -78,7 +78,8 @@ class LossHead:
     """
 
     def __init__(self, head: OutputHead, *, shares: Callable[[], int]) -> None:
-        self.head, self.shares = head, shares
+        self.head = head
+        self.shares = shares
         self.term: TokenTerm | None = None
         self.filter: ExampleFilter | None = None
         self.soft_targets: SoftTargets | None = None
@@ -118,7 +119,10 @@ class LossHead:
                 (whether the objective counts the token in the loss), then the loss, then the statistics of the
                 objective.
         """
-        self.objective, self.reduction, self.position, self.observe = objective, reduction, position, observe
+        self.objective = objective
+        self.reduction = reduction
+        self.position = position
+        self.observe = observe
 
     def remove(self) -> None:
         """Remove the hooks, so that the model returns its own loss again."""

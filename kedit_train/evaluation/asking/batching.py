@@ -80,6 +80,6 @@ def split_into_batches(items: Sequence[Item], batch_size: int) -> list[Sequence[
     return [items[start : start + batch_size] for start in range(0, len(items), batch_size)]
 
 
-def progress_bar(total: int, description: str, progress: bool) -> tqdm:
+def progress_bar(total: int, description: str, progress: bool) -> tqdm[Any]:
     """Return a progress bar that is shown only in a terminal and is removed when the work is done."""
     return tqdm(total=total, desc=description, unit="row", leave=False, disable=None if progress else True)

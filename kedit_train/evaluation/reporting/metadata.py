@@ -7,7 +7,6 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from torch import nn
 
 from kedit_train.data import Edit
 from kedit_train.evaluation.scoring.probe_results import ProbeResult
+from kedit_train.version import __version__
 
 # Two logits are a near tie if they differ by less than _ULPS times the machine epsilon of the dtype. In fp32, the order
 # of summation can change a logit by more than that, so the bound has a minimum.
@@ -54,7 +54,7 @@ def report_metadata(
         "model": getattr(config, "name_or_path", "") or type(model).__name__,
         "settings": settings,
         "versions": {
-            "kedit_train": _own_version(),
+            "kedit_train": __version__,
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         },
@@ -84,13 +84,6 @@ def _data_hash(edits: Sequence[Edit]) -> str:
         return own
     text = json.dumps([asdict(edit) for edit in edits], sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _own_version() -> str:
-    try:
-        return version("kedit-train")
-    except PackageNotFoundError:
-        return "not installed (run from a checkout)"
 
 
 def _count_unscored(results: Sequence[ProbeResult], against_unedited: bool) -> dict[str, int]:

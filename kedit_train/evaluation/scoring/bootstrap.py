@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
 RESAMPLES = 1000
 LEVEL = 0.95
@@ -81,64 +79,26 @@ def cluster_bootstrap(totals: Tensor, counts: Tensor, *, seed: int = 0, resample
     return bounds.masked_fill((counts > 0).sum(0) < 2, torch.nan)
 
 
-class MeanOverEdits(Metric):
-    """The mean of values that are grouped by edit, with a bootstrap interval over edits.
-
-    The metric states are one sum and one count per edit. With several processes, the states of all processes are added,
-    so the result is the same as on one process. As in any ``torchmetrics.Metric``, the states are synchronized by
-    ``compute``, or by ``self.log`` of a LightningModule.
+def sums_per_edit(edits: Sequence[int], values: Sequence[float | bool], *, n_edits: int) -> tuple[Tensor, Tensor]:
+    """Return the sum of each edit's values in fp64, and the number of each edit's values.
 
     Args:
-        n_edits: total number of edits on all processes. Each edit has a number from 0 to ``n_edits - 1``.
-        seed: seed of the bootstrap.
-        resamples: number of resamples of the bootstrap.
-        kwargs: arguments of ``torchmetrics.Metric``.
+        edits: ``values[i]`` belongs to the edit with the number ``edits[i]``, from 0 to ``n_edits - 1``.
+        values: the values. The list may be empty.
+        n_edits: number of edits.
 
-    Example:
-        >>> from kedit_train.evaluation import MeanOverEdits
-        >>> mean = MeanOverEdits(3)
-        >>> mean.update(edits=[0, 1, 1, 2], values=[True, False, False, True])
-        >>> mean.score()
-        Score(value=0.5, n=4, low=0.0, high=1.0)
+    Returns:
+        Two tensors of shape [edits].
     """
-
-    full_state_update = False
-    total: Tensor
-    count: Tensor
-
-    def __init__(self, n_edits: int, *, seed: int = 0, resamples: int = RESAMPLES, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.seed, self.resamples = seed, resamples
-        self.add_state("total", default=torch.zeros(n_edits, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("count", default=torch.zeros(n_edits, dtype=torch.int64), dist_reduce_fx="sum")
-
-    def update(self, edits: Sequence[int], values: Sequence[float | bool]) -> None:
-        """Add values. ``values[i]`` belongs to the edit with the number ``edits[i]``.
-
-        A process without probes passes two empty lists.
-        """
-        added = torch.tensor([float(value) for value in values], dtype=torch.float64, device=self.total.device)
-        index = torch.tensor(list(edits), dtype=torch.int64, device=self.total.device)
-        self.total.index_add_(0, index, added)
-        self.count.index_add_(0, index, torch.ones_like(index))
-
-    def compute(self) -> Tensor:
-        """Return ``[value, n, low, high]`` in fp64. An entry that cannot be computed is NaN."""
-        bounds = cluster_bootstrap(self.total[:, None], self.count[:, None], seed=self.seed, resamples=self.resamples)
-        n = self.count.sum()
-        return torch.stack([(self.total.sum() / n).cpu(), n.double().cpu(), *bounds[:, 0]])
-
-    def score(self) -> Score:
-        """Return the result of :meth:`compute` as a :class:`Score`."""
-        value, n, low, high = self.compute().tolist()
-        return Score(_none_if_nan(value), n=int(n), low=_none_if_nan(low), high=_none_if_nan(high))
+    index = torch.tensor(list(edits), dtype=torch.int64)
+    added = torch.tensor([float(value) for value in values], dtype=torch.float64)
+    total = torch.zeros(n_edits, dtype=torch.float64).index_add_(0, index, added)
+    return total, torch.zeros(n_edits, dtype=torch.int64).index_add_(0, index, torch.ones_like(index))
 
 
 def mean_score(values: Sequence[float | bool], seed: int = 0) -> Score:
     """Return the mean of values on this process, with a bootstrap interval. Each value counts as an edit of its own."""
-    mean = MeanOverEdits(len(values), seed=seed, sync_on_compute=False)
-    mean.update(range(len(values)), values)
-    return mean.score()
+    return scores_of_sums([sums_per_edit(range(len(values)), values, n_edits=len(values))], seed)[0]
 
 
 def ratio_scores(totals: Tensor, counts: Tensor, *, seed: int = 0, resamples: int = RESAMPLES) -> list[Score]:
@@ -153,22 +113,19 @@ def ratio_scores(totals: Tensor, counts: Tensor, *, seed: int = 0, resamples: in
     lows, highs = cluster_bootstrap(totals, counts, seed=seed, resamples=resamples).tolist()
     values, n = (totals.sum(0) / counts.sum(0)).tolist(), counts.sum(0).tolist()
     return [
-        Score(_none_if_nan(value), n=int(count), low=_none_if_nan(low), high=_none_if_nan(high))
+        Score(none_if_nan(value), n=int(count), low=none_if_nan(low), high=none_if_nan(high))
         for value, count, low, high in zip(values, n, lows, highs, strict=True)
     ]
 
 
-def scores_of_means(means: Iterable[MeanOverEdits], seed: int = 0) -> list[Score]:
-    """Return one score per :class:`MeanOverEdits`, from the values that this process has added.
-
-    All of ``means`` must have the same edits.
-    """
-    means = list(means)
-    if not means:
+def scores_of_sums(sums: Sequence[tuple[Tensor, Tensor]], seed: int = 0) -> list[Score]:
+    """Return one score per pair of tensors from :func:`sums_per_edit`. All pairs must have the same edits."""
+    if not sums:
         return []
-    totals, counts = torch.stack([m.total for m in means], 1), torch.stack([m.count for m in means], 1)
-    return ratio_scores(totals, counts, seed=seed, resamples=means[0].resamples)
+    totals, counts = (torch.stack(tensors, 1) for tensors in zip(*sums, strict=True))
+    return ratio_scores(totals, counts, seed=seed)
 
 
-def _none_if_nan(number: float) -> float | None:
+def none_if_nan(number: float) -> float | None:
+    """Return None for NaN, and any other number unchanged."""
     return None if number != number else number

@@ -18,7 +18,7 @@ from kedit_train.arguments import check_arguments, integer_from
 from kedit_train.core.locality.texts import Texts
 from kedit_train.errors import EditError, reported_by
 from kedit_train.evaluation.asking.generate import Answer, generate_answers
-from kedit_train.evaluation.scoring.abilities import ability_items, ability_scores
+from kedit_train.evaluation.scoring.abilities import AbilityItem, ability_items, ability_scores
 from kedit_train.evaluation.scoring.bootstrap import NO_SCORE, Score, mean_score, ratio_scores
 from kedit_train.evaluation.scoring.divergence import Distribution, compute_divergences, record_distributions
 from kedit_train.evaluation.scoring.lm_eval_tasks import LmEvalTasks, lm_eval_scores
@@ -107,16 +107,19 @@ class CapabilityProbe:
                 raise EditError(
                     "tasks and prompts must be lists of strings, got one string; put the string into a list."
                 )
-            self.texts = Texts.of(texts).load()
-            self.prompts = list(dict.fromkeys(text_beginnings(self.texts) if prompts is None else prompts))
+            self.texts: list[str] = Texts.of(texts).load()
+            self.prompts: list[str] = list(dict.fromkeys(text_beginnings(self.texts) if prompts is None else prompts))
             if not self.prompts:
                 raise EditError(
                     "if prompts is None or empty, texts must contain at least one text with two or more words; add a "
                     "longer text, or pass at least one prompt."
                 )
-        self.tasks = tasks if isinstance(tasks, LmEvalTasks) else LmEvalTasks(list(tasks))
-        self.items = ability_items() if abilities else []
-        self.max_new_tokens, self.batch_size, self.seed, self.progress = max_new_tokens, batch_size, seed, progress
+        self.tasks: LmEvalTasks = tasks if isinstance(tasks, LmEvalTasks) else LmEvalTasks(list(tasks))
+        self.items: list[AbilityItem] = ability_items() if abilities else []
+        self.max_new_tokens = max_new_tokens
+        self.batch_size = batch_size
+        self.seed = seed
+        self.progress = progress
 
     def __call__(self, model: nn.Module, tokenizer: Any, unedited: Capability | None = None) -> Capability:
         """Measure the general ability of a model with its current weights.

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from kedit_train.evaluation.scoring.bootstrap import NO_SCORE, MeanOverEdits, Score, scores_of_means
+from kedit_train.evaluation.scoring.bootstrap import NO_SCORE, Score, scores_of_sums, sums_per_edit
 from kedit_train.evaluation.scoring.comparison import success
 from kedit_train.evaluation.scoring.fluency import ngram_entropy, repetition
 from kedit_train.evaluation.scoring.overlap import rouge_l
@@ -50,13 +50,11 @@ class _Values:
 
     def write_scores(self, tree: dict[str, Any]) -> None:
         """Compute all scores and put each into ``tree`` under its path."""
-        means = []
-        for values in self.values.values():
-            # Every process has all results. Synchronization would hang if only one process evaluates.
-            mean = MeanOverEdits(len(self.numbers), seed=self.seed, sync_on_compute=False)
-            mean.update([edit for edit, _ in values], [value for _, value in values])
-            means.append(mean)
-        for path, score in zip(self.values, scores_of_means(means, self.seed), strict=True):
+        sums = [
+            sums_per_edit([edit for edit, _ in values], [value for _, value in values], n_edits=len(self.numbers))
+            for values in self.values.values()
+        ]
+        for path, score in zip(self.values, scores_of_sums(sums, self.seed), strict=True):
             branch = tree
             for name in path[:-1]:
                 branch = branch.setdefault(name, {})

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 
 import pytest
 import torch
 
-from kedit_train.evaluation.scoring.bootstrap import NO_SCORE, MeanOverEdits, Score, cluster_bootstrap, scores_of_means
+from kedit_train.evaluation import MeanOverEdits
+from kedit_train.evaluation.scoring.bootstrap import NO_SCORE, Score, cluster_bootstrap, scores_of_sums
+
+
+def scores_of_means(means: Sequence[MeanOverEdits], seed: int = 0) -> list[Score]:
+    return scores_of_sums([(mean.total, mean.count) for mean in means], seed)
 
 
 def test_the_bootstrap_equals_a_plain_loop() -> None:

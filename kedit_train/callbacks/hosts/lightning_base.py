@@ -1,0 +1,67 @@
+"""LightningCallback: a base class that becomes a ``lightning.pytorch.Callback`` when Lightning is imported.
+
+Importing Lightning takes time and memory that a run with transformers or TRL does not need. Therefore this module does
+not import it. If Lightning is already imported, ``LightningCallback`` inherits from its callback class at once.
+Otherwise, an import hook adds the base class at the end of the first ``import lightning.pytorch``, before any code of
+the user can build a trainer. Both ways give the same classes, so the order of the imports does not matter.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+LIGHTNING = "lightning.pytorch"
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Callback
+
+    class LightningCallback(Callback):
+        """A ``lightning.pytorch.Callback``."""
+
+else:
+
+    class _Placeholder:
+        """The only base class of ``LightningCallback`` while Lightning is not imported.
+
+        Python cannot replace the bases of a class that inherits directly from ``object``.
+        """
+
+    class LightningCallback(_Placeholder):
+        """A ``lightning.pytorch.Callback`` if Lightning is imported, and else a class without methods."""
+
+
+class _AfterLightning(MetaPathFinder):
+    """An import hook that completes ``LightningCallback`` when Python has executed ``lightning.pytorch``."""
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        """Find ``lightning.pytorch`` with the other finders, and add one step to the end of its execution."""
+        if name != LIGHTNING:
+            return None
+        others = [finder for finder in sys.meta_path if finder is not self and hasattr(finder, "find_spec")]
+        spec = next((spec for finder in others if (spec := finder.find_spec(name, path, target))), None)
+        if spec is not None and spec.loader is not None:
+            loader: Any = spec.loader
+            execute = loader.exec_module
+
+            def exec_module(module: ModuleType) -> None:
+                execute(module)
+                _complete(module)
+
+            loader.exec_module = exec_module
+        return spec
+
+
+def _complete(lightning: Any) -> None:
+    """Make ``LightningCallback``, all its subclasses and all their instances Lightning callbacks."""
+    LightningCallback.__bases__ = (lightning.Callback,)
+
+
+if LIGHTNING in sys.modules:
+    _complete(sys.modules[LIGHTNING])
+else:
+    sys.meta_path.insert(0, _AfterLightning())
