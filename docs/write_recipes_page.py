@@ -21,7 +21,7 @@ edits of the small model that comes with kedit-train, and the time is that of 2 
 edits. [The README of the recipes](../recipes/README.md#change-a-recipe) explains how to change a recipe.
 """
 FILE = re.compile(r"(?<![\w/`])((?:docs|recipes|callbacks)/[\w/]+\.(?:md|py|yaml))(?=[\s.,;)])")
-ROW = re.compile(r"^\| \[([\w.]+)\]\(\1\) \| (.*) \|$", re.MULTILINE)
+ROW = re.compile(r"^\| \[([\w.]+)\]\(\1\) \|", re.MULTILINE)
 
 
 def comment(path: Path) -> str:
@@ -53,7 +53,7 @@ def render() -> str:
     """Return the page as Markdown."""
     folder = ROOT / "recipes"
     parts = [INTRODUCTION]
-    for name, summary in ROW.findall((folder / "README.md").read_text(encoding="utf-8")):
+    for name in ROW.findall((folder / "README.md").read_text(encoding="utf-8")):
         parts.append(f"## {name}\n\n[recipes/{name}](../recipes/{name})\n\n{to_markdown(comment(folder / name))}\n")
     return "\n".join(parts)
 
