@@ -21,6 +21,7 @@ edits of the small model that comes with kedit-train, and the time is that of 2 
 edits. [The README of the recipes](../recipes/README.md#change-a-recipe) explains how to change a recipe.
 """
 FILE = re.compile(r"(?<![\w/`])((?:docs|recipes|callbacks)/[\w/]+\.(?:md|py|yaml))(?=[\s.,;)])")
+OPTION = re.compile(r"(?<!`)(--[\w.]+)")
 ROW = re.compile(r"^\| \[([\w.]+)\]\(\1\) \|", re.MULTILINE)
 
 
@@ -38,7 +39,7 @@ def to_markdown(text: str) -> str:
     text = re.sub(r"\n(?=Expected:|Measured:)", "\n\n", text.replace("``", "`"))
     parts = re.split(r"\n((?:(?: {2,}|python |fabric |lightning ).*\n)+)", f"\n{text}\n")
     commands = [f"```bash\n{textwrap.dedent(part).strip()}\n```" for part in parts[1::2]]
-    texts = [FILE.sub(link, part.strip()) for part in parts[0::2]]
+    texts = [OPTION.sub(r"`\1`", FILE.sub(link, part.strip())) for part in parts[0::2]]
     blocks = [texts[0], *(block for pair in zip(commands, texts[1:], strict=True) for block in pair)]
     return "\n\n".join(block for block in blocks if block)
 

@@ -16,10 +16,11 @@ from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parents[2]
 LINK = re.compile(r"(?<=\]\()([^)#\s]+)(?=[)#])")
-ROW = re.compile(r"^\| `([\w.]+)` \|", re.MULTILINE)
+ROW = re.compile(r"^\| `(\w+)` \|", re.MULTILINE)
+MODULE = re.compile(r"^Import these names from `([\w.]+)`", re.MULTILINE)
 LANGUAGES = {".yaml": "yaml", ".py": "python", ".jsonl": "json", ".json": "json", ".txt": "text"}
-# Callbacks override methods that only this package calls.
-WITHOUT_MEMBERS = "Callbacks"
+# Callbacks override methods that only this package calls. The base class documents them.
+WITH_MEMBERS = "kedit_train.EditCallback"
 
 
 def repository_path(src_uri: str) -> str:
@@ -55,18 +56,15 @@ def repository_file(path: str, config: MkDocsConfig) -> File:
     return File.generated(config, place, content=text, inclusion=InclusionLevel.NOT_IN_NAV)
 
 
-def identifier(name: str) -> str:
-    """Return the full name of a public name."""
-    return name if name.startswith("kedit_train.") else f"kedit_train.{name}"
-
-
 def reference_pages() -> dict[str, tuple[str, list[str]]]:
-    """Return the place, the title and the names of each section of docs/api.md."""
+    """Return the place, the title and the full names of each section of docs/api.md."""
     pages = {}
     for section in (ROOT / "docs" / "api.md").read_text(encoding="utf-8").split("\n## ")[1:]:
         title = section.partition("\n")[0]
+        module = MODULE.search(section)
         place = re.sub(r"\W+", "_", title.lower())
-        pages[f"reference/{place}.md"] = (title, ROW.findall(section))
+        names = [f"{module[1] if module else 'kedit_train'}.{name}" for name in ROW.findall(section)]
+        pages[f"reference/{place}.md"] = (title, names)
     return pages
 
 
@@ -87,8 +85,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
                 files.append(repository_file(target, config))
                 queue += [target] if target.endswith(".md") else []
     for place, (title, names) in reference_pages().items():
-        options = "\n    options: {members: false}" if WITHOUT_MEMBERS in title else ""
-        entries = [f"::: {identifier(name)}{'' if name == 'EditCallback' else options}\n" for name in names]
+        options = "\n    options: {members: false}" if "callbacks" in title.lower() else ""
+        entries = [f"::: {name}{'' if name == WITH_MEMBERS else options}\n" for name in names]
         files.append(File.generated(config, place, content="\n".join([f"# {title}\n", *entries])))
     return files
 
@@ -103,5 +101,6 @@ def on_page_markdown(markdown: str, page: Page, **_: object) -> str:
         return posixpath.relpath(site_path(target), folder or ".") if target else match[0]
 
     if page.file.src_uri == "api.md":
-        return ROW.sub(lambda match: f"| [`{match[1]}`][{identifier(match[1])}] |", markdown)
+        names = iter([name for _, names in reference_pages().values() for name in names])
+        return ROW.sub(lambda match: f"| [`{match[1]}`][{next(names)}] |", markdown)
     return markdown if page.file.src_uri.startswith("reference/") else LINK.sub(to_site, markdown)
