@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo demo-smollm2 smollm2 test test-all style lint format build bench bench-gpu compare recipes-check clean
+.PHONY: demo demo-smollm2 smollm2 test test-all style lint format docs build bench bench-gpu compare recipes-check clean
 
 demo: $(READY)  ## edit 24 facts in the bundled model and print a report
 	$(BIN)/lightning run recipes/quickstart.yaml
@@ -38,6 +38,10 @@ format: $(READY)
 
 build: $(READY)  ## build the sdist and the wheel into dist/ and try the wheel; BUILD=--clean installs its dependencies anew
 	$(BIN)/python .ci/build.py $(BUILD)
+
+docs: $(READY)  ## build the site of the documentation into runs/docs; warnings are errors
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --config-file docs/site/mkdocs.yml
+	@echo "Open runs/docs/index.html, or serve the site with its search: $(BIN)/python -m http.server -d runs/docs"
 
 bench: $(READY)  ## compare with what a user would run instead and write tests/benchmarks/RESULTS.md; about 20 minutes
 	$(BIN)/python tests/benchmarks/equal_reliability.py $(BENCH)

@@ -7,27 +7,45 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Iterable
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 
 import kedit_train
 
 PAGE = Path(__file__).resolve().parent / "api.md"
+# Section of the page -> the module to import from, a sentence on the names, and the names.
+MORE_SECTIONS = {
+    "More callbacks": (
+        "kedit_train.callbacks",
+        "`OutputAnchor` and `ForecastMetrics` are for models that read no text, such as forecasters.",
+        ["GatedAdapter", "OutputAnchor", "ForecastMetrics"],
+    ),
+    "Representation control": (
+        "kedit_train.control",
+        "They change what a model generates without changing its weights ([guide](representation_control.md)).",
+        [
+            "ValueModule",
+            "ResponseDataModule",
+            "SamplingOptions",
+            "ValueModel",
+            "controlled",
+            "ControlMetrics",
+            "measure_control",
+            "Reward",
+            "ShortAnswer",
+            "PatternReward",
+            "FactReward",
+        ],
+    ),
+}
 INTRODUCTION = """# Public names
 
-Every name on this page can be imported from `kedit_train`. `help(name)` shows its arguments, errors, references and an
-example. Everything else in the package is internal and may change in any release, except functions that a page of these
+Every name on this page can be imported from `kedit_train`, except those of the last two sections. `help(name)` shows
+the arguments, errors, references and an example of a name. On the site that `make docs` builds, each name links to
+these. Everything else in the package is internal and may change in any release, except functions that a page of these
 docs imports, such as `kedit_train.augmentation.study_rows` and `kedit_train.data.split_documents`.
-
-Three more callbacks are public, but can be imported only from `kedit_train.callbacks`.
-[`GatedAdapter`](callbacks/gated_adapter.md) lets a LoRA adapter act only near the prompts of the edits. The other two
-are for models that read no text, such as forecasters:
-[`OutputAnchor`](callbacks/output_anchor.md) keeps the outputs on given inputs close to those before the edit, and
-[`ForecastMetrics`](callbacks/forecast_metrics.md) measures the error and the change of forecasts.
-
-`kedit_train.control` changes what a model generates without changing its weights
-([representation control](representation_control.md)). Its names are `ValueModule`, `ResponseDataModule`,
-`SamplingOptions`, `ValueModel`, `controlled`, `ControlMetrics`, `measure_control`, and the rewards `Reward`,
-`ShortAnswer`, `PatternReward` and `FactReward`.
 """
 
 
@@ -37,12 +55,20 @@ def first_line(text: str) -> str:
     return re.sub(r":\w+:`~?(?:\w+\.)*(\w+)`", r"`\1`", line).replace("``", "`")
 
 
+def section(title: str, text: str, module: ModuleType, names: Iterable[str]) -> str:
+    """Return a section with a table of the names."""
+    rows = [f"| `{name}` | {first_line(inspect.getdoc(getattr(module, name)) or '')} |" for name in names]
+    return f"## {title}\n\n{text}" + "\n".join(["| name | what it is |", "|---|---|", *rows]) + "\n"
+
+
 def render() -> str:
     """Return the page as Markdown."""
     parts = [INTRODUCTION]
     for title, names in kedit_train.PUBLIC_SECTIONS.items():
-        rows = [f"| `{name}` | {first_line(inspect.getdoc(getattr(kedit_train, name)) or '')} |" for name in names]
-        parts.append("\n".join([f"## {title}\n", "| name | what it is |", "|---|---|", *rows]) + "\n")
+        parts.append(section(title, "", kedit_train, names))
+    for title, (module, sentence, names) in MORE_SECTIONS.items():
+        text = f"Import these names from `{module}`.\n{sentence}\n\n"
+        parts.append(section(title, text, import_module(module), names))
     return "\n".join(parts)
 
 

@@ -15,6 +15,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 EXTRAS = PROJECT["optional-dependencies"]
 # Tools of this repository, which a user does not install.
 DEVELOPMENT = {"kedit-train", "pytest", "pytest-xdist", "ruff", "pyright", "hatchling"}
+DEVELOPMENT |= {"mkdocs", "mkdocs-material", "mkdocstrings"}
 
 
 def bound(requirement: Requirement) -> str:
