@@ -47,12 +47,13 @@ VARIANTS = {ONE_BY_ONE: "kedit_default", "low_curvature": "null_space", "plain_l
 # The pretrained model is a hundred times as large as the world, so fewer recipes are compared on it.
 ON_SMOLLM2 = (
     "ft_m", "locft_bf", "overtone", "plain_lora", "overtone_lora", "kl_locality", "null_space", "low_curvature",
-    "replay", "second_order", "kedit_default", "one_by_one",
+    "replay", "second_order", "kedit_default", "subject_tokens", "one_by_one",
 )  # fmt: skip
 # Which modes a recipe is compared in, if not in all.
 ONLY = {
     "kedit_default": ("batch",),
     "second_order": ("batch",),
+    "subject_tokens": ("batch",),
     ONE_BY_ONE: ("single", "sequential"),
 }
 ALL_MODES_ON_SMOLLM2 = ("ft_m", "overtone", "kl_locality", ONE_BY_ONE)

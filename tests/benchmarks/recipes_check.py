@@ -109,8 +109,9 @@ def main() -> None:
     options = parser.parse_args()
     if options.jobs < 1:
         parser.error(f"--jobs must be >= 1, got {options.jobs}")
-    # This recipe trains a value function and has no scores of edits.
-    edited = [path.name for path in sorted(RECIPES.glob("*.yaml")) if path.stem != "representation_control"]
+    # These recipes train a value function, and edits that need a pretrained model.
+    others = ("representation_control", "subject_tokens")
+    edited = [path.name for path in sorted(RECIPES.glob("*.yaml")) if path.stem not in others]
     every = [*edited, "lora_sft.py", "one_by_one.py"] if options.write else runnable()
     names = [name for name in every if not options.only or Path(name).stem in options.only]
     if unknown := set(options.only or ()) - {Path(name).stem for name in every}:
