@@ -26,7 +26,8 @@ from typing import Any
 
 import torch
 from ability_study import train_gate
-from compare import SCORES, completions
+from compare import RESULTS as COMPARED
+from compare import SCORES, completions, done
 from compare_report import ROOT, replaced
 from methods import Method, load_recipe
 from peer_editors import EDITORS, KEDIT_TRAIN, LOCFT, commit_of, project_of, run_easyedit, run_locft
@@ -121,7 +122,8 @@ def scored(
 
 def run(options: argparse.Namespace, checkouts: Mapping[str, Path]) -> None:
     """Measure what is missing in the results, and print one line for each editor."""
-    have = {(row["editor"], row["draw"], row["edits"]) for row in read_rows(options.results) if "error" not in row}
+    known = [*compared(), *(row for row in read_rows(options.results) if "error" not in row)]
+    have = {(row["editor"], row["draw"], row["edits"]) for row in known}
     for draw in options.draws:
         setting, unedited = SETTINGS[MODEL](draw), None
         edits = setting.edits(options.edits)
@@ -153,6 +155,19 @@ def run(options: argparse.Namespace, checkouts: Mapping[str, Path]) -> None:
                 add_measurement(options.results, row)
 
 
+def compared() -> list[dict[str, Any]]:
+    """Return what compare.py has measured of our recipes, as rows of this comparison."""
+    ours = {(name.removeprefix("recipe_"), e.mode): name for name, e in EDITORS.items() if e.project == KEDIT_TRAIN}
+    rows = [row for row in done(COMPARED) if row["model"] == MODEL and "error" not in row]
+    keys = ("draw", "edits", "seconds", *(key for key, *_ in COLUMNS if key in rows[0])) if rows else ()
+    return [
+        {"editor": ours[row["recipe"], row["mode"]], "ratio": row["perplexity"] / row["perplexity before"]}
+        | {key: row[key] for key in keys}
+        for row in rows
+        if (row["recipe"], row["mode"]) in ours
+    ]
+
+
 def reported(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the last row of each editor, draw and number of edits, in the order of ``EDITORS``."""
     order = list(EDITORS)
@@ -172,7 +187,8 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 def parts(rows: Sequence[dict[str, Any]]) -> list[str]:
     """Return what is written into the page: where it was measured, a table per mode and number, and what failed."""
-    shown = reported(rows)
+    sizes = {(row["draw"], row["edits"]) for row in rows}
+    shown = reported([*(row for row in compared() if (row["draw"], row["edits"]) in sizes), *rows])
     found = []
     for key, word in (("date", "Measured on"), ("machine", "one thread of"), ("draw", "draw"), ("commit", "commit")):
         values = sorted({str(row[key]) for row in shown if key in row})

@@ -66,6 +66,7 @@ def peers(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     monkeypatch.syspath_prepend(str(HERE))
     module = importlib.import_module("peers")
     monkeypatch.setattr(module, "MODEL", "world")
+    monkeypatch.setattr(module, "compared", list)
     yield module
     for name in [name for name in sys.modules if name.split(".")[0] == "easyeditor"] + ["hparams"]:
         sys.modules.pop(name, None)
@@ -198,6 +199,24 @@ def test_an_editor_that_changes_nothing_is_an_error(peers: Any, easyedit: Path, 
 def test_draws_for_choosing_settings_are_not_kept(peers: Any, easyedit: Path, tmp_path: Path) -> None:
     peers.run(options(tmp_path, "ft_m", draw=100), {"EasyEdit": easyedit})
     assert not (tmp_path / "peers.jsonl").exists()
+
+
+def test_the_results_of_compare_are_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(str(HERE))
+    module: Any = importlib.import_module("peers")
+    scores = {"reliability": 0.5, "generality": 0.5, "PS": 0.5, "others": 0.5, "NS": 0.5, "KL": 0.5, "seconds": 2.0}
+    about = {"model": "smollm2", "draw": 10, "edits": 50, "perplexity": 30.0, "perplexity before": 20.0}
+    kinds = [("ft_m", "batch"), ("ft_m", "sequential"), ("overtone", "batch"), ("kedit_default", "batch")]
+    rows = [{"recipe": recipe, "mode": mode, **about, **scores} for recipe, mode in kinds]
+    rows += [{**rows[0], "model": "world"}, {"model": "smollm2", "recipe": "ft_m", "mode": "batch", "error": "no"}]
+    (tmp_path / "compare.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    monkeypatch.setattr(module, "COMPARED", tmp_path / "compare.jsonl")
+    expected = {"draw": 10, "edits": 50, "ratio": 1.5, **scores}
+    assert module.compared() == [{"editor": name, **expected} for name in ("recipe_ft_m", "kedit_default")]
+    # Only draws and numbers of edits on which another editor was measured are shown.
+    measured = {"editor": "rome", **expected, "draw": 10, "date": "2026-11-27", "machine": "a CPU", "commit": "abc"}
+    assert [part.count("kedit-train") for part in module.parts([measured])] == [0, 0, 2, 0, 0]
+    assert "kedit-train" not in str(module.parts([{**measured, "draw": 11}]))
 
 
 def test_the_page_has_a_table_per_mode(peers: Any) -> None:
