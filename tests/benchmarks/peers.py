@@ -194,6 +194,12 @@ def parts(rows: Sequence[dict[str, Any]]) -> list[str]:
         values = sorted({str(row[key]) for row in shown if key in row})
         found.append(f"{word} {' and '.join(values)}")
     lines = [f"{'; '.join(found)}."]
+    given = {EDITORS[row["editor"]].label: row["set"] for row in shown if row.get("set")}
+    if given:
+        listed = (
+            f"{label} {', '.join(f'`{key}={value}`' for key, value in own.items())}" for label, own in given.items()
+        )
+        lines.append(f"Changed with `--set`: {'; '.join(listed)}.")
     finished = [row for row in shown if "error" not in row]
     for mode, title in TITLES.items():
         for count in sorted({row["edits"] for row in finished}):

@@ -139,7 +139,8 @@ def test_an_editor_gets_the_edits_and_its_settings(
     edits = peers.SETTINGS["world"](0).edits(2)
     assert [r["prompt"] for requests, *_ in seen for r in requests] == [edit.prompt for edit in edits]
     _, hparams, side = seen[0]
-    assert (hparams.lr, hparams.layers, hparams.objective_optimization) == (5e-4, [20], "target_new")
+    rate = 2e-3 if name == "ft_m" else 5e-4
+    assert (hparams.lr, hparams.layers, hparams.objective_optimization) == (rate, [20], "target_new")
     assert (hparams.device, hparams.batch_size, side) == ("cpu", calls[0], "left")
 
 
@@ -223,7 +224,7 @@ def test_the_page_has_a_table_per_mode(peers: Any) -> None:
     scores = {key: 0.5 for key, *_ in peers.COLUMNS}
     about = {"edits": 50, "date": "2026-11-27", "machine": "a CPU"}
     rows = [
-        {"editor": "rome", "draw": 10, "commit": "abc", **about, **scores},
+        {"editor": "rome", "draw": 10, "commit": "abc", "set": {"v_lr": 0.1}, **about, **scores},
         {"editor": "kedit_default", "draw": 10, **about, **scores, "seconds": 8.0},
         {"editor": "kedit_default", "draw": 10, **about, **scores, "seconds": 2.0},
         {"editor": "kedit_default", "draw": 11, **about, **scores, "seconds": 4.0},
@@ -231,6 +232,7 @@ def test_the_page_has_a_table_per_mode(peers: Any) -> None:
     ]
     where, *found = peers.parts(rows)
     assert where == "Measured on 2026-11-27; one thread of a CPU; draw 10 and 11; commit abc."
+    assert found.pop(0) == "Changed with `--set`: ROME `v_lr=0.1`."
     assert [part.splitlines()[-1] for part in found] == [
         "### 50 edits together",
         "| `kedit_default` | kedit-train | 0.50 | 0.50 | 0.50 | 0.50 | 0.50 | 0.5000 | 0.50 | 3.0 |",
