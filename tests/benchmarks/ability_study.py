@@ -27,6 +27,7 @@ from settings import SETTINGS, Setting, load
 
 from kedit_train import CapabilityProbe
 from kedit_train.callbacks import GatedAdapter, StopWhenEdited, TokenLoss
+from kedit_train.data import Edit
 from kedit_train.evaluation import EvaluationOptions, Report, evaluate
 from kedit_train.evaluation.reporting.plots import color_and_marker, new_figure, save_figure
 from kedit_train.modes import TrainLoop, run_edits
@@ -77,27 +78,33 @@ def sequence(name: str, setting: Setting, counts: Sequence[int]) -> Iterator[dic
 
 def together(setting: Setting, counts: Sequence[int]) -> Iterator[dict[str, Any]]:
     """Train a gated adapter on each number of edits, with the settings of gated.py, and return one row for each."""
-    from peft import LoraConfig, get_peft_model
-
     probe = CapabilityProbe(setting.unrelated(), abilities=True)
     for count in counts:
         model, tokenizer = load(setting.path)
         edits = setting.edits(count)
         before = evaluate(model, tokenizer, edits, options=OPTIONS, progress=False)
         torch.manual_seed(0)
-        blocks = list(range(15, 30))
-        lora = LoraConfig(r=8, lora_alpha=32, target_modules=["up_proj", "down_proj"], layers_to_transform=blocks)
-        adapted: Any = get_peft_model(model, lora)
-        gate = GatedAdapter(setting.texts([])[:HELD], neighbors=NEIGHBORS, edits=edits)
-        loop = TrainLoop(
-            tokenizer, callbacks=[TokenLoss(reduction="sample"), StopWhenEdited(loss=0.01), gate], epochs=60,
-            batch_size=setting.batch_size, learning_rate=2e-3, stop_loss=0.0,
-        )  # fmt: skip
         began = time.process_time()
-        loop(adapted, edits)
+        adapted = train_gate(setting, model, tokenizer, edits)
         used = (time.process_time() - began) / count
         report = evaluate(adapted.eval(), tokenizer, edits, options=OPTIONS, unedited=before, progress=False)
         yield {"edits": count, **abilities(probe(adapted, tokenizer)), **scores(report), "seconds": used}
+
+
+def train_gate(setting: Setting, model: Any, tokenizer: Any, edits: Sequence[Edit]) -> Any:
+    """Return the model with a gated adapter that was trained on the edits, with the settings of gated.py."""
+    from peft import LoraConfig, get_peft_model
+
+    blocks = list(range(15, 30))
+    lora = LoraConfig(r=8, lora_alpha=32, target_modules=["up_proj", "down_proj"], layers_to_transform=blocks)
+    adapted: Any = get_peft_model(model, lora)
+    gate = GatedAdapter(setting.texts([])[:HELD], neighbors=NEIGHBORS, edits=edits)
+    loop = TrainLoop(
+        tokenizer, callbacks=[TokenLoss(reduction="sample"), StopWhenEdited(loss=0.01), gate], epochs=60,
+        batch_size=setting.batch_size, learning_rate=2e-3, stop_loss=0.0,
+    )  # fmt: skip
+    loop(adapted, edits)
+    return adapted
 
 
 def scores(report: Report) -> dict[str, float | None]:
