@@ -126,6 +126,7 @@ EDITORS = {
         {"inner_params": _MEMORY_LAYER}, "wise", "WISEHyperParams", "apply_wise_to_model", keep_memory, memory=True,
     ),
     "kedit_default": Editor("`kedit_default`", KEDIT_TRAIN, "batch"),
+    "subject_tokens": Editor("`subject_tokens`", KEDIT_TRAIN, "batch"),
     "recipe_ft_m": Editor("`ft_m`", KEDIT_TRAIN, "batch"),
     "gated": Editor("`GatedAdapter`", KEDIT_TRAIN, "batch", memory=True),
     "one_by_one": Editor("`one_by_one.py`", KEDIT_TRAIN, "sequential"),
