@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -230,6 +231,15 @@ class EditDelta:
                 f"the delta does not change {name!r}; choose, for example, {', '.join(list(self.changes)[:4])}."
             )
         return self.changes[name].difference()
+
+    def norms(self) -> dict[str, dict[str, float | None]]:
+        """Return the Frobenius norms of each tensor: of the change ("change"), and before the change ("before").
+
+        Tensors without floating-point numbers are left out, and so are tensors whose norm is not finite. "before" is
+        None if the delta does not store all old values of the tensor.
+        """
+        norms = {name: change.norms() for name, change in self.changes.items() if change.dtype.is_floating_point}
+        return {name: values for name, values in norms.items() if math.isfinite(values["change"] or 0.0)}
 
     @property
     def nbytes(self) -> int:
