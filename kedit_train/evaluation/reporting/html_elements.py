@@ -46,10 +46,12 @@ _STYLE = """
   .kedit table.cards tr { display: block; position: relative; border-bottom: 1px solid var(--line); padding: .5rem 0; }
   .kedit table.cards td { display: grid; grid-template-columns: 4.5rem 1fr; border: 0; padding: .1rem 0; }
   .kedit table.cards td::before { content: attr(data-label); color: var(--dim); }
+  .kedit table.cards td:nth-child(2) { padding-right: 1.2rem; }
   .kedit table.cards td:not([data-label]) { position: absolute; right: 0; display: block; }
   .kedit table.cards td.number { text-align: left; }
-  .kedit table:not(.cards) { font-size: 12px; } .kedit table:not(.cards) :is(td, th) { padding-right: .4rem; }
-  .kedit td.label { min-width: 5.2rem; } .kedit svg.interval { width: 3.6rem; }
+  .kedit table:not(.cards) { font-size: 12px; } .kedit table:not(.cards) :is(td, th) { padding-right: .35rem; }
+  .kedit table:not(.cards) th { font-size: 11px; } .kedit svg.interval { width: 3.6rem; }
+  .kedit td.label { min-width: 4.6rem; overflow-wrap: anywhere; }
   .kedit tr.part td.label { padding-left: .6rem; }
 }
 """
