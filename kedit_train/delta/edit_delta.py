@@ -20,6 +20,8 @@ from kedit_train.delta.task_vector import BaseTensor, TaskVector
 from kedit_train.delta.tensor_change import Change, change_between
 from kedit_train.delta.weight_source import grouped, named_tensors, weights_of
 from kedit_train.errors import EditError
+from kedit_train.evaluation.reporting.html_elements import fragment, paragraph
+from kedit_train.evaluation.reporting.html_report import drift_section
 
 State = Literal["base", "edited"]
 
@@ -286,6 +288,9 @@ class EditDelta:
         more = ", ..." if len(self) > 3 else ""
         count = "1 tensor" if len(self) == 1 else f"{len(self)} tensors"
         return f"EditDelta({count}, {self.nbytes / 1e6:.2f} MB: {layouts}{more})"
+
+    def _repr_html_(self) -> str:
+        return fragment(paragraph(repr(self)) + "".join(drift_section(self.norms())))
 
     def _targets(self, model: Any) -> list[tuple[str, Tensor]]:
         """Return a pair (name in the delta, tensor of the model) for each model tensor that the delta changes."""

@@ -154,6 +154,8 @@ class Report(ReportData):
     def print(self, console: Console | None = None, *, answers: int = 12) -> None:
         """Print the scores and some answers as tables. The tables are colored in a terminal and plain in a log.
 
+        In a notebook, the tables are displayed as HTML.
+
         Args:
             console: where to print. Default: standard output.
             answers: maximum number of rows in each of two tables: the edits, and the changed locality answers.
@@ -169,6 +171,11 @@ class Report(ReportData):
         # A progress bar may occupy the current line. tqdm.write prints above a tqdm bar. It also prints above a rich
         # progress bar, because it uses sys.stdout, which rich replaces. A new console would bypass this replacement.
         own = Console()
+        if own.is_jupyter:
+            from IPython.display import HTML, display
+
+            display(HTML(fragment(render_html(self, answers))))
+            return
         with own.capture() as captured:
             own.print(render_report(self, answers))
         tqdm.write(captured.get(), end="")
