@@ -31,7 +31,11 @@ def render_mode_result(result: Any, notes: Sequence[str]) -> str:
         [
             f"<h1>{escape(result.title)}</h1>",
             figure(plot, " ".join(f"{name}: {PANELS[name]}." for name in scores)) if scores else "",
-            table([Cell(text=name, style="number") for name in head], ([Cell(text=t) for t in row] for row in rows)),
+            table(
+                [Cell(text=name, style="number") for name in head],
+                ([Cell(text=text) for text in row] for row in rows),
+                cards=True,
+            ),
             paragraph(" ".join(notes), "dim"),
             _metadata(result.meta),
         ]
@@ -57,7 +61,7 @@ def render_tune_result(result: Any, columns: Sequence[str]) -> str:
         [
             f"<h1>{escape(result.title)}</h1>",
             figure(legend(names) + scatter(_points(result), "locality", "generality"), caption),
-            table(head, ([Cell(text=text) for text in row] for row in rows), styles=marked),
+            table(head, ([Cell(text=text) for text in row] for row in rows), styles=marked, cards=True),
             *(paragraph(note, "dim") for note in result.notes()),
             _metadata(result.meta),
         ]
@@ -86,5 +90,5 @@ def _points(result: Any) -> list[Point]:
 
 
 def _metadata(meta: dict[str, Any]) -> str:
-    rows = ([Cell(text=name, style="dim"), Cell(text=str(value))] for name, value in meta.items())
+    rows = ([Cell(text=name, style="dim"), Cell(text=str(value), style="text")] for name, value in meta.items())
     return "<h2>How to reproduce it</h2>" + table([Cell(), Cell()], rows)

@@ -108,7 +108,7 @@ def _page(delta: Any, rows: list[dict[str, Any]]) -> str:
     cells = ([Cell(text=text) for text in _cells(row)] for row in rows)
     parts = ["<h1>What did the edit change?</h1>", paragraph(f"{len(rows)} tensors, {size(delta.nbytes)}", "dim")]
     parts += [*drift_section(delta.norms()), "<h2>Tensors</h2>", table(head, cells), "<h2>About the delta</h2>"]
-    facts = ([Cell(text=name, style="dim"), Cell(text=value)] for name, value in _facts(delta.meta))
+    facts = ([Cell(text=name, style="dim"), Cell(text=value, style="text")] for name, value in _facts(delta.meta))
     parts.append(table([Cell(), Cell()], facts))
     return page("What did the edit change?", "\n".join(parts))
 

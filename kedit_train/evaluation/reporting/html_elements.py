@@ -14,7 +14,8 @@ from html import escape
 _STYLE = """
 .kedit { font: 14px/1.45 system-ui, sans-serif; max-width: 68rem; --accent: #2f81c7; --yes: #2f9e57; --no: #d9483b;
   --line: color-mix(in srgb, currentColor 20%, transparent); --dim: color-mix(in srgb, currentColor 68%, transparent); }
-.kedit h1 { font-size: 1.6rem; margin: 0 0 .25rem; } .kedit h2 { font-size: 1.1rem; margin: 2rem 0 .5rem; }
+.kedit h1 { font-size: 1.6rem; margin: 0 0 .25rem; } .kedit h1:not(:first-of-type) { margin-top: 2.5rem; }
+.kedit h2 { font-size: 1.1rem; margin: 2rem 0 .5rem; }
 .kedit p { margin: .4rem 0; } .kedit .dim, .kedit figcaption { color: var(--dim); font-size: .9em; }
 .kedit .warning { border-left: 3px solid #d08700; padding-left: .6rem; }
 .kedit .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); gap: .75rem;
@@ -24,7 +25,8 @@ _STYLE = """
 .kedit .wide { overflow-x: auto; }
 .kedit table { border-collapse: collapse; margin: 0; color: inherit; background: none; font-size: 1em; }
 .kedit th, .kedit td { text-align: left; vertical-align: top; padding: .25rem .9rem .25rem 0; background: none;
-  border: 0; border-bottom: 1px solid var(--line); overflow-wrap: anywhere; white-space: normal; max-width: none; }
+  border: 0; border-bottom: 1px solid var(--line); overflow-wrap: break-word; white-space: normal; max-width: none; }
+.kedit td.text, .kedit bdi { overflow-wrap: anywhere; }
 .kedit th { color: var(--dim); font-weight: 600; vertical-align: bottom; overflow-wrap: normal; }
 .kedit .number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 .kedit th.number { white-space: normal; }
@@ -44,14 +46,15 @@ _STYLE = """
 @media (max-width: 640px) {
   .kedit table.cards thead { display: none; } .kedit table.cards, .kedit table.cards tbody { display: block; }
   .kedit table.cards tr { display: block; position: relative; border-bottom: 1px solid var(--line); padding: .5rem 0; }
-  .kedit table.cards td { display: grid; grid-template-columns: 4.5rem 1fr; border: 0; padding: .1rem 0; }
+  .kedit table.cards td { display: grid; grid-template-columns: 5.5rem minmax(0, 1fr); border: 0; padding: .1rem 0; }
   .kedit table.cards td::before { content: attr(data-label); color: var(--dim); }
   .kedit table.cards td:nth-child(2) { padding-right: 1.2rem; }
-  .kedit table.cards td:not([data-label]) { position: absolute; right: 0; display: block; }
+  .kedit table.cards td:not([data-label]) { position: absolute; top: .5rem; right: 0; max-width: 55%;
+    display: block; }
   .kedit table.cards td.number { text-align: left; }
-  .kedit table:not(.cards) { font-size: 12px; } .kedit table:not(.cards) :is(td, th) { padding-right: .35rem; }
-  .kedit table:not(.cards) th { font-size: 11px; } .kedit svg.interval { width: 3.6rem; }
-  .kedit td.label { min-width: 4.6rem; overflow-wrap: anywhere; }
+  .kedit table:not(.cards) { font-size: 11.5px; } .kedit table:not(.cards) :is(td, th) { padding-right: .25rem; }
+  .kedit table:not(.cards) th { font-size: 10.5px; } .kedit svg.interval { width: 3.6rem; }
+  .kedit td.label { min-width: 4.2rem; overflow-wrap: anywhere; }
   .kedit tr.part td.label { padding-left: .6rem; }
 }
 """
@@ -65,7 +68,7 @@ _PAGE = """<!doctype html>
 <title>{title}</title>
 <style>
 :root {{ color-scheme: light dark; }} .kedit {{ margin: 0 auto; }}
-body {{ background: Canvas; color: CanvasText; margin: 0; padding: 1.2rem; }}
+body {{ background: Canvas; color: CanvasText; margin: 0; padding: clamp(.6rem, 2vw, 1.4rem); }}
 </style>
 </head>
 <body>
@@ -81,7 +84,7 @@ class Cell:
     Args:
         text: plain text.
         html: HTML that is shown after the text. The caller has escaped it.
-        style: class of the cell: "number", "label", "yes", "no", "dim" or empty.
+        style: class of the cell: "number", "label", "text" (long words may be broken), "yes", "no", "dim" or empty.
     """
 
     text: str = ""

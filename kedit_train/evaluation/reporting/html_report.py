@@ -156,4 +156,6 @@ def _reproduction(report: ReportData) -> Iterator[str]:
     values += [("callback", str(callback)) for callback in report.meta.get("callbacks", ())]
     if "steps" in report.meta:
         values.append(("optimizer steps", str(report.meta["steps"])))
-    yield table([Cell(), Cell()], ([Cell(text=name, style="dim"), Cell(text=value)] for name, value in values))
+    yield table(
+        [Cell(), Cell()], ([Cell(text=name, style="dim"), Cell(text=value, style="text")] for name, value in values)
+    )
