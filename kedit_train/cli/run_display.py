@@ -29,8 +29,8 @@ def summary(run: EditRun) -> list[str]:
         lines.append(f"edits       {len(run.edits)}{f' ({name})' if name else ''}")
     tensors, share = scope["tensors"], scope["parameters"] / max(1, scope["of"])
     lines.append(f"may change  {scope['parameters']:,} of {scope['of']:,} parameters ({share:.1%})")
-    which = tensors[0] if len(tensors) == 1 else f"{tensors[0]} ... {tensors[-1]}"
-    lines.append(f"            {len(tensors)} tensor{'s' * (len(tensors) != 1)}: {which}")
+    more = "" if len(tensors) == 1 else f" and {len(tensors) - 1} more"
+    lines.append(f"            {tensors[0]}{more}")
     callbacks = [shorten(repr(callback), 100) for callback in run.callbacks]
     lines += [f"{'' if i else 'callbacks':<12}{callback}" for i, callback in enumerate(callbacks)]
     return [plain(line) for line in lines]

@@ -60,7 +60,7 @@ def test_a_run_in_a_pipe_says_what_it_does_and_ends_with_the_report(fit: Any) ->
     ]
     assert lines[0] == "edits       4 (world)"
     assert lines[1] == "may change  45,056 of 1,402,496 parameters (3.2%)"
-    assert lines[2] == "            1 tensor: model.layers.3.mlp.down_proj.weight"
+    assert lines[2] == "            model.layers.3.mlp.down_proj.weight"
     assert lines[3].startswith("callbacks   ParameterScope(0.5, modules=")
     assert lines[4].startswith("            EditMetrics(every_n_steps=2")
     assert lines[5] == "evaluating 4 edits before training"
