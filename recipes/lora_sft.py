@@ -6,8 +6,8 @@
 
 Expected: reliability 0.95 to 1.00, generality 0.38 to 0.85, locality 0.90 to 1.00; 39 s (2026-11-22).
 
-The script prints a table of scores. It writes report.json, the LoRA adapter and edit.safetensors to the output folder.
-Use `kedit apply` to apply edit.safetensors to the base model.
+The script prints a table of scores. It writes report.json, report.html, the LoRA adapter and edit.safetensors to the
+output folder. Use `kedit apply` to apply edit.safetensors to the base model.
 """
 
 from __future__ import annotations

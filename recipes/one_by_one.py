@@ -20,8 +20,9 @@ If you can train the edits together, use kedit_default.yaml or sequential.yaml. 
 better scores.
 
 After each edit, the script counts how many of the edits so far the model still knows, and prints these numbers as a
-table. It also writes retention.png, report.json and edit.safetensors. Use `kedit apply` to apply edit.safetensors to
-the base model. If you stop the script early, edit.safetensors contains the edits that were trained so far.
+table. It also writes retention.png, report.json, report.html and edit.safetensors. Use `kedit apply` to apply
+edit.safetensors to the base model. If you stop the script early, edit.safetensors contains the edits that were trained
+so far.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ KL, NULL_SPACE = "kl", "null_space"
 # Radius of the ball around the original weights, as a fraction of the norm of these weights.
 BALL = 0.5
 LEARNING_RATE, TEXTS_PER_STEP = 6e-4, 8
-DELTA, REPORT, PICTURE = "edit.safetensors", "report.json", "retention.png"
+DELTA, REPORT, PAGE, PICTURE = "edit.safetensors", "report.json", "report.html", "retention.png"
 
 
 def arguments(given: list[str] | None = None) -> argparse.Namespace:
@@ -157,7 +158,7 @@ def check(given: argparse.Namespace) -> None:
             "--texts is missing; give a file of texts on which your model should not change (.txt, one text per line). "
             "The bundled texts fit only the bundled model and edits."
         )
-    for name in (DELTA, REPORT, PICTURE):
+    for name in (DELTA, REPORT, PAGE, PICTURE):
         check_writable(Path(given.output_dir) / name)
     if find_spec("matplotlib") is None:
         raise EditError("plots need matplotlib; install it with pip install 'kedit-train[report]'.")
@@ -183,6 +184,7 @@ def main(command_line: list[str] | None = None) -> None:
         if delta.changes:
             delta.save(out / DELTA)
     result.report.save(out / REPORT)
+    result.save(out / PAGE)
     result.save(out / PICTURE)
     print(result.markdown())
     for answer in result.report.answers:

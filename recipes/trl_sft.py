@@ -4,7 +4,7 @@
     python recipes/trl_sft.py --model Qwen/Qwen3-0.6B --edits edits.jsonl --texts texts_that_must_stay.txt
     lightning run recipes/trl_sft.py --devices 2
 
-The script prints a table of scores, and writes report.json and the edited model to the output folder.
+The script prints a table of scores, and writes report.json, report.html and the edited model to the output folder.
 """
 
 from __future__ import annotations

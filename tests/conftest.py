@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
@@ -55,3 +57,28 @@ def factlm() -> Path:
 def stories() -> Path:
     """Return the folder of a small Llama trained on stories; its tokenizer has no pad token."""
     return existing(SHARED / "models" / "stories260K")
+
+
+@pytest.fixture
+def ipython(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Replace IPython, which need not be installed, and return a list of the HTML that is displayed."""
+    shown: list[str] = []
+
+    class Handle:
+        def update(self, html: str) -> None:
+            shown.append(html)
+
+    def display(html: str, display_id: bool = False) -> Handle:
+        shown.append(html)
+        return Handle()
+
+    module = ModuleType("IPython.display")
+    module.HTML, module.display = str, display  # type: ignore[attr-defined]
+    package = ModuleType("IPython")
+    package.display = module  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "IPython", package)
+    monkeypatch.setitem(sys.modules, "IPython.display", module)
+    monkeypatch.delitem(sys.modules, "transformers.utils.notebook", raising=False)
+    yield shown
+    # The module was imported with the replacement.
+    sys.modules.pop("transformers.utils.notebook", None)

@@ -71,8 +71,8 @@ class EditMetrics(EditCallback):
             evaluations never end training.
         limit: maximum number of edits per evaluation during training. The edits are a fixed random sample. None takes
             all edits.
-        report_path: file for the final report: Markdown if the path ends in ``.md``, otherwise JSON. None writes no
-            file.
+        report_path: file for the final report: Markdown if the path ends in ``.md``, HTML if in ``.html``, otherwise
+            JSON. Beside a JSON file, the same report is written as an HTML page. None writes no file.
         show: whether to print the final report as a table.
         max_fraction_of_time: maximum fraction of the training time that evaluations during training may take, in
             (0, 1). If the evaluations so far took a larger fraction, the next evaluation during training is skipped.
@@ -240,7 +240,10 @@ class EditMetrics(EditCallback):
         if self.show:
             report.print()
         if self.report_path is not None:
-            print(f"report: {report.save(self.report_path)}")
+            path, shown = report.save(self.report_path), ""
+            if path.suffix not in (".md", ".html"):
+                shown = f" (as a page: {report.save(path.with_suffix('.html'))})"
+            print(f"report: {path}{shown}")
 
     def _evaluate_sample(self, run: EditRun) -> None:
         """Evaluate the fixed sample of the edits, log the scores and end training if ``stop_at`` is reached."""

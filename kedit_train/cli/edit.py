@@ -28,6 +28,7 @@ from kedit_train.cli.config_errors import shorten, wrong_callback
 from kedit_train.cli.console import leave, print_error
 from kedit_train.cli.named_callbacks import Override, set_by_name, tell_last_callback
 from kedit_train.cli.processes import follow_launcher
+from kedit_train.cli.run_display import display_callbacks
 from kedit_train.errors import EditError
 from kedit_train.modules import EditDataModule, EditModule
 from kedit_train.processes import check_process_count
@@ -152,7 +153,10 @@ class EditCLI(LightningCLI):
         share_texts(config)
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
-        trainer = super().instantiate_trainer(**kwargs)
+        config = self.config_init[str(self.subcommand)].trainer
+        own = config.callbacks if isinstance(config.callbacks, list) else [config.callbacks] if config.callbacks else []
+        shown = config.enable_progress_bar is not False
+        trainer = super().instantiate_trainer(callbacks=[*display_callbacks(own, progress=shown), *own], **kwargs)
         check_process_count(trainer.world_size)
         return trainer
 

@@ -22,6 +22,7 @@ from kedit_train.augmentation import AugmentationOptions, augmentation
 from kedit_train.callbacks import EditMetrics
 from kedit_train.cli import recipe
 from kedit_train.cli.edit import class_of
+from kedit_train.cli.run_display import print_summary
 from kedit_train.core.gate.adapter_folder import remove_stale_gate
 from kedit_train.core.gate.adapter_source import check_not_gated
 from kedit_train.data import EditDataset, split_documents
@@ -63,6 +64,8 @@ def main(arguments: Sequence[str]) -> Any:
         raise EditError("sft: no recipe is given; add --config RECIPE.yaml (kedit ls lists the recipes).")
     trainer = build(config)
     check_process_count(trainer.args.world_size)
+    if config.trainer.enable_progress_bar is not False:
+        print_summary(trainer.callback_handler.callbacks)
     trainer.train()
     path = config.model.init_args.save_path
     if path is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +20,8 @@ from kedit_train.delta.task_vector import BaseTensor, TaskVector
 from kedit_train.delta.tensor_change import Change, change_between
 from kedit_train.delta.weight_source import grouped, named_tensors, weights_of
 from kedit_train.errors import EditError
+from kedit_train.evaluation.reporting.html_elements import fragment, paragraph
+from kedit_train.evaluation.reporting.html_report import drift_section
 
 State = Literal["base", "edited"]
 
@@ -232,6 +235,15 @@ class EditDelta:
             )
         return self.changes[name].difference()
 
+    def norms(self) -> dict[str, dict[str, float | None]]:
+        """Return the Frobenius norms of each tensor: of the change ("change"), and before the change ("before").
+
+        Tensors without floating-point numbers are left out, and so are tensors whose norm is not finite. "before" is
+        None if the delta does not store all old values of the tensor.
+        """
+        norms = {name: change.norms() for name, change in self.changes.items() if change.dtype.is_floating_point}
+        return {name: values for name, values in norms.items() if math.isfinite(values["change"] or 0.0)}
+
     @property
     def nbytes(self) -> int:
         """Size of all changes in bytes."""
@@ -277,6 +289,9 @@ class EditDelta:
         more = ", ..." if len(self) > 3 else ""
         count = "1 tensor" if len(self) == 1 else f"{len(self)} tensors"
         return f"EditDelta({count}, {self.nbytes / 1e6:.2f} MB: {layouts}{more})"
+
+    def _repr_html_(self) -> str:
+        return fragment(paragraph(repr(self)) + "".join(drift_section(self.norms())))
 
     def _targets(self, model: Any) -> list[tuple[str, Tensor]]:
         """Return a pair (name in the delta, tensor of the model) for each model tensor that the delta changes."""

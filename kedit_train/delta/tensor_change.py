@@ -130,6 +130,17 @@ class Change:
         changed = self.after.to(wide) - self.before.to(wide)
         return changed if self.index is None else self.replaced(self._zeros(wide), changed)
 
+    def norms(self) -> dict[str, float | None]:
+        """Return the Frobenius norm of the change ("change") and of the whole tensor before the edit ("before").
+
+        "before" is None if only a part of the values is stored.
+        """
+        moved = self.after.double() - self.before.double()
+        return {
+            "change": float(moved.norm()),
+            "before": float(self.before.double().norm()) if self.index is None else None,
+        }
+
     def partial_base(self) -> tuple[Tensor, Tensor]:
         """Return the tensor before the edit (0 where its value is unknown), and a bool mask of the known entries."""
         known = self.replaced(self._zeros(torch.bool), torch.ones_like(self.before, dtype=torch.bool))

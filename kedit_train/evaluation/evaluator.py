@@ -34,7 +34,7 @@ from kedit_train.evaluation.scoring.prose import TextResult, measure_prose, pros
 from kedit_train.evaluation.scoring.protocols import EXACT, Protocols
 from kedit_train.evaluation.scoring.reachable_targets import warn_unreachable
 from kedit_train.evaluation.scoring.retrieval import compare_with_own_answers, retrieval_requests
-from kedit_train.evaluation.scoring.weight_drift import weight_drift
+from kedit_train.evaluation.scoring.weight_drift import BY_TENSOR, norms_by_tensor, tensor_drift, total_drift
 
 # Options that change an answer. They must be equal for the unedited and the edited model.
 _ANSWER_SETTINGS = ("max_new_tokens", "prompt_format")
@@ -129,7 +129,8 @@ def evaluate(
         if unedited is not None and "retrieval" in unedited.metrics:
             metrics["retrieval"] = unedited.metrics["retrieval"]
         metrics |= evaluation.prose(edits)
-        metrics["weight_drift"] = {} if reference_weights is None else weight_drift(model, reference_weights)
+        drifts = None if reference_weights is None else tensor_drift(model, reference_weights)
+        metrics["weight_drift"] = {} if drifts is None else total_drift(drifts)
     settings = {
         "protocol": str(protocols),
         **{name: getattr(options, name) for name in (*_ANSWER_SETTINGS, "batch_size")},
@@ -143,6 +144,7 @@ def evaluate(
     meta = report_metadata(model, edits, len(sample), results, settings, against_unedited=unedited is not None)
     gate = find_gate(unwrap_model(model))
     meta |= {} if gate is None else {"gate": {"keys": len(gate.radii), "layer": gate.layer}}
+    meta |= {} if drifts is None else {BY_TENSOR: norms_by_tensor(drifts)}
     meta |= {"protocol_reason": protocols.reason, "seed": seed, "seconds": round(time.perf_counter() - started, 3)}
     return Report(
         metrics=metrics,

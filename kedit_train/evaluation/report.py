@@ -14,8 +14,12 @@ from tqdm import tqdm
 from kedit_train.atomic_write import writing
 from kedit_train.errors import EditError
 from kedit_train.evaluation.report_data import ReportData
+from kedit_train.evaluation.reporting.html_elements import fragment, page
+from kedit_train.evaluation.reporting.html_report import render_html
 from kedit_train.evaluation.reporting.markdown import render_markdown
+from kedit_train.evaluation.reporting.report_lines import HEADING, format_number
 from kedit_train.evaluation.scoring.bootstrap import Score
+from kedit_train.evaluation.scoring.metrics import QUESTIONS
 from kedit_train.evaluation.scoring.probe_results import ProbeResult
 from kedit_train.safetensors_header import parse_json
 
@@ -23,7 +27,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Report(ReportData):
     """The result of :func:`~kedit_train.evaluation.evaluate`.
 
@@ -65,6 +69,31 @@ class Report(ReportData):
         """
         return render_markdown(self, answers)
 
+    def html(self, answers: int = 100, *, delta: Any = None) -> str:
+        """Return the report as a complete HTML page, without scripts and without links to other files.
+
+        The page contains the scores with their intervals, the answers before and after the edit with the differences
+        marked, and the change of the weights per layer. A notebook shows the same content for a report that is the
+        last expression of a cell.
+
+        Args:
+            answers: maximum number of rows in each of two tables: the edits, and the changed locality answers.
+            delta: the :class:`~kedit_train.delta.EditDelta` of the edit, from which the change of the weights is read.
+                None takes the change that the evaluation measured, if it was given the weights before the edit.
+        """
+        norms = None if delta is None else delta.norms()
+        return page(f"{HEADING} {self.meta['data_name']}", render_html(self, answers, norms))
+
+    def _repr_html_(self) -> str:
+        return fragment(render_html(self, answers=12))
+
+    def __repr__(self) -> str:
+        """Return one line: the number of edits, and the headline scores."""
+        scores = {name: self.metrics[name]["generated"].value for name in QUESTIONS if name in self.metrics}
+        shown = [f"{name} {format_number(value)}" for name, value in scores.items() if value is not None]
+        count = f"{self.meta.get('n_edits', 0)} edits"
+        return f"Report({', '.join([count, *shown])})"
+
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain dicts, lists, numbers and strings, in the structure of the JSON file."""
         return {
@@ -78,7 +107,8 @@ class Report(ReportData):
         """Write the report to a file atomically, and create missing parent folders.
 
         Args:
-            path: the file. Its format is Markdown if the name ends in ``.md``, otherwise JSON.
+            path: the file. Its format is Markdown if the name ends in ``.md``, HTML if the name ends in ``.html``, and
+                JSON otherwise.
 
         Returns:
             The path.
@@ -86,6 +116,8 @@ class Report(ReportData):
         path = Path(path)
         if path.suffix == ".md":
             text = self.markdown()
+        elif path.suffix == ".html":
+            text = self.html()
         else:
             text = json.dumps(self.to_dict(), ensure_ascii=False, indent=1, allow_nan=False)
         with writing(path) as unfinished:
@@ -122,6 +154,8 @@ class Report(ReportData):
     def print(self, console: Console | None = None, *, answers: int = 12) -> None:
         """Print the scores and some answers as tables. The tables are colored in a terminal and plain in a log.
 
+        In a notebook, the tables are displayed as HTML.
+
         Args:
             console: where to print. Default: standard output.
             answers: maximum number of rows in each of two tables: the edits, and the changed locality answers.
@@ -137,6 +171,11 @@ class Report(ReportData):
         # A progress bar may occupy the current line. tqdm.write prints above a tqdm bar. It also prints above a rich
         # progress bar, because it uses sys.stdout, which rich replaces. A new console would bypass this replacement.
         own = Console()
+        if own.is_jupyter:
+            from IPython.display import HTML, display
+
+            display(HTML(fragment(render_html(self, answers))))
+            return
         with own.capture() as captured:
             own.print(render_report(self, answers))
         tqdm.write(captured.get(), end="")

@@ -4,19 +4,29 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from kedit_train.atomic_write import writing
 from kedit_train.evaluation.report import Report
+from kedit_train.evaluation.reporting.html_elements import fragment, page
+from kedit_train.evaluation.reporting.html_report import render_html
+from kedit_train.evaluation.reporting.markdown import markdown_table
 from kedit_train.evaluation.reporting.report_lines import format_interval, format_number
 from kedit_train.evaluation.scoring.bootstrap import Score
 from kedit_train.evaluation.scoring.capability import Capability
 from kedit_train.evaluation.scoring.metrics import QUESTIONS
+from kedit_train.modes.html_results import render_mode_result
 from kedit_train.modes.retention_curve import draw_retention_curve
 from kedit_train.modes.schedule import Mode
+
+# The lines below the table of a result.
+NOTES = (
+    "Scores are exact matches of generated answers on all edits so far, with 95 % intervals.",
+    "latest: reliability on the newest edits only. seconds: training time.",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +56,7 @@ class Checkpoint:
         return {name: score for name, score in scores.items() if score.n}
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class ModeResult:
     """The result of :func:`~kedit_train.modes.run_edits`.
 
@@ -86,22 +96,45 @@ class ModeResult:
         """Return one row per checkpoint: ``edits``, ``seconds``, and every score by its name."""
         return [{"edits": c.edits, "seconds": c.seconds, **c.scores()} for c in self.checkpoints]
 
-    def markdown(self) -> str:
-        """Return the curve as a Markdown table with 95 % intervals, followed by the metadata."""
+    def rows(self) -> list[list[str]]:
+        """Return the rows of a table: the names of the columns, then one row per checkpoint.
+
+        If ``capability`` was measured, the row of the unedited model comes before the checkpoints.
+        """
         names = list(dict.fromkeys(name for c in self.checkpoints for name in c.scores()))
-        lines = [f"# {self.mode}: {self.meta['n_edits']} edits ({self.meta['data_name']})", ""]
-        lines += ["| edits | " + " | ".join(names) + " | seconds |", "|" + "---:|" * (len(names) + 2)]
+        rows = [["edits", *names, "seconds"]]
         if self.capability is not None:
             before = self.capability.scores()
             cells = [format_number(before[name].value) if name in before else "–" for name in names]
-            lines.append("| 0 | " + " | ".join(cells) + " | – |")
+            rows.append(["0", *cells, "–"])
         for checkpoint in self.checkpoints:
             scores = checkpoint.scores()
             cells = [_cell(scores[name]) if name in scores else "–" for name in names]
-            lines.append(f"| {checkpoint.edits} | " + " | ".join(cells) + f" | {checkpoint.seconds:.1f} |")
-        lines += ["", "Scores are exact matches of generated answers on all edits so far, with 95 % intervals."]
-        lines += ["latest: reliability on the newest edits only. seconds: training time.", ""]
-        return "\n".join([*lines, *(f"- {name}: {value}" for name, value in self.meta.items())])
+            rows.append([str(checkpoint.edits), *cells, f"{checkpoint.seconds:.1f}"])
+        return rows
+
+    def markdown(self) -> str:
+        """Return the curve as a Markdown table with 95 % intervals, followed by the metadata."""
+        head, *rows = self.rows()
+        lines = [f"# {self.title}", "", *markdown_table(head, rows, 0)]
+        return "\n".join([*lines, "", *NOTES, "", *(f"- {name}: {value}" for name, value in self.meta.items())])
+
+    def html(self) -> str:
+        """Return a complete HTML page: the curve as a plot and as a table, the metadata, and the last report."""
+        return page(self.title, render_mode_result(self, NOTES) + render_html(self.report, answers=100))
+
+    def _repr_html_(self) -> str:
+        return fragment(render_mode_result(self, NOTES))
+
+    def __repr__(self) -> str:
+        """Return one line: the mode, the number of checkpoints, and the scores after all edits."""
+        count = len(self.checkpoints)
+        return f"ModeResult({self.mode}, {count} checkpoint{'s' * (count != 1)}, {self.report!r})"
+
+    @property
+    def title(self) -> str:
+        """The heading of the table: the mode, and the number and the name of the edits."""
+        return f"{self.mode}: {self.meta['n_edits']} edits ({self.meta['data_name']})"
 
     def to_dict(self) -> dict[str, Any]:
         """Return the result as plain dicts and lists. Only the last checkpoint includes the model's answers."""
@@ -130,14 +163,14 @@ class ModeResult:
 
         Args:
             path: the file. A name that ends in ``.png`` gets a plot of the retention curve, a name that ends in
-                ``.md`` gets Markdown, and any other name gets JSON.
+                ``.md`` gets Markdown, a name that ends in ``.html`` gets HTML, and any other name gets JSON.
 
         Returns:
             The path.
         """
         if Path(path).suffix == ".png":
             return retention_curve({self.mode: self}, path)
-        return write_text(path, self.markdown, self.to_dict)
+        return write_text(path, self)
 
 
 def retention_curve(results: Mapping[str, ModeResult], path: str | os.PathLike[str]) -> Path:
@@ -161,12 +194,23 @@ def retention_curve(results: Mapping[str, ModeResult], path: str | os.PathLike[s
     return draw_retention_curve(curves, path)
 
 
-def write_text(
-    path: str | os.PathLike[str], markdown: Callable[[], str], to_dict: Callable[[], dict[str, Any]]
-) -> Path:
-    """Write a text file atomically: Markdown if ``path`` ends in ``.md``, otherwise JSON."""
+class Writable(Protocol):
+    """A result that can be written as Markdown, HTML and JSON."""
+
+    def markdown(self) -> str: ...
+
+    def html(self) -> str: ...
+
+    def to_dict(self) -> dict[str, Any]: ...
+
+
+def write_text(path: str | os.PathLike[str], result: Writable) -> Path:
+    """Write a text file atomically: Markdown if ``path`` ends in ``.md``, HTML if in ``.html``, otherwise JSON."""
     path = Path(path)
-    text = markdown() if path.suffix == ".md" else json.dumps(to_dict(), ensure_ascii=False, indent=1, allow_nan=False)
+    if path.suffix in (".md", ".html"):
+        text = result.markdown() if path.suffix == ".md" else result.html()
+    else:
+        text = json.dumps(result.to_dict(), ensure_ascii=False, indent=1, allow_nan=False)
     with writing(path) as unfinished:
         unfinished.write_text(text + "\n", encoding="utf-8")
     return path

@@ -13,13 +13,18 @@ from typing import Any
 
 from kedit_train.errors import EditError, reported_by
 from kedit_train.evaluation.report import Report
+from kedit_train.evaluation.reporting.html_elements import fragment, page
 from kedit_train.evaluation.reporting.markdown import markdown_table
 from kedit_train.evaluation.reporting.report_lines import format_interval, format_number
 from kedit_train.evaluation.scoring.bootstrap import NO_SCORE, Score, mean_score
+from kedit_train.modes.html_results import render_table
 from kedit_train.modes.result import ModeResult, write_text
 
+TITLE = "Six metrics of knowledge editing"
+COLUMNS = ("metric", "mode", "value", "95 % CI", "n")
 
-@dataclass(frozen=True, kw_only=True)
+
+@dataclass(frozen=True, kw_only=True, repr=False)
 class SurveyMetrics:
     """The six scores of a survey on knowledge editing (see References).
 
@@ -63,17 +68,32 @@ class SurveyMetrics:
         """Return plain dicts, numbers and strings."""
         return asdict(self)
 
-    def markdown(self) -> str:
-        """Return the scores as a Markdown table: metric, mode, value, interval, number of probes."""
+    def rows(self) -> list[list[str]]:
+        """Return one row per metric: its name, mode, value, interval and number of probes."""
         rows = []
         for name, mode in self.sources.items():
             score: Score = getattr(self, name)
             rows.append([name, mode, _signed(score), format_interval(score), str(score.n)])
-        return "\n".join(markdown_table(["metric", "mode", "value", "95 % CI", "n"], rows, 2))
+        return rows
+
+    def markdown(self) -> str:
+        """Return the scores as a Markdown table: metric, mode, value, interval, number of probes."""
+        return "\n".join(markdown_table(COLUMNS, self.rows(), 2))
+
+    def html(self) -> str:
+        """Return the table as a complete HTML page."""
+        return page(TITLE, render_table(TITLE, COLUMNS, self.rows(), text_columns=2))
+
+    def _repr_html_(self) -> str:
+        return fragment(render_table(TITLE, COLUMNS, self.rows(), text_columns=2))
+
+    def __repr__(self) -> str:
+        """Return one line with the metrics that were measured."""
+        return f"SurveyMetrics({', '.join(f'{row[0]} {row[2]}' for row in self.rows() if row[2] != '–')})"
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the scores to a file: Markdown if ``path`` ends in ``.md``, otherwise JSON."""
-        return write_text(path, self.markdown, self.to_dict)
+        """Write the scores: as Markdown if ``path`` ends in ``.md``, as HTML if in ``.html``, otherwise as JSON."""
+        return write_text(path, self)
 
 
 def survey(*results: ModeResult) -> SurveyMetrics:

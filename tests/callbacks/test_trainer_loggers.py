@@ -152,3 +152,35 @@ def test_trackio_holds_the_series(edits: EditDataset, tmp_path: Path, monkeypatc
     trainer = sft_trainer(model, tokenizer, edits, callbacks(edits), 4, report_to="trackio")
     expected = series([row for row in trainer.state.log_history if "loss" in row], WEIGHT, "step")
     assert series(rows, f"train/{WEIGHT}", "train/global_step") == expected
+
+
+def test_the_table_in_a_notebook_shows_the_scores(edits: EditDataset, ipython: list[str], capsys: Any) -> None:
+    """The callback and its table are those of transformers; only the display of IPython is replaced."""
+    from transformers.utils.notebook import NotebookProgressCallback
+
+    tables: list[list[list[Any]]] = []
+
+    class Recording(NotebookProgressCallback):
+        def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+            tables.append(self.training_tracker.inner_table)
+            super().on_train_end(*args, **kwargs)
+
+    # In a notebook, the trainer puts this callback after the callbacks of the user.
+    model, tokenizer = world.load()
+    given = [*callbacks(edits), Recording()]
+    capsys.readouterr()
+    trainer = transformers_trainer(model, tokenizer, edits, given, 5, logging_steps=1, disable_tqdm=True)
+    ((head, *rows),) = tables
+    assert head == ["Step", "Training Loss", "Reliability", "Generality", "Locality"]
+    history = {row["step"]: row for row in trainer.state.log_history if "loss" in row}
+    assert [row[0] for row in rows] == [1, 2, 3, 4, 5]
+    for row in rows:
+        assert row[1] == history[row[0]]["loss"]
+        if row[0] in (2, 4):
+            names = ("edit/reliability", "edit/generality", "edit/locality")
+            assert row[2:] == [round(history[row[0]][name], 3) for name in names]
+    assert rows[2][2:] == ["No Log"] * 3
+    # The scores after the last step are in the row of this step.
+    final = next(row for row in reversed(trainer.state.log_history) if SCORE in row)
+    assert rows[4][2] == round(final[SCORE], 3)
+    assert "Reliability</th>" in ipython[-1]

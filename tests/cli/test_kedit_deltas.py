@@ -98,6 +98,33 @@ def test_show_prints_a_table_and_writes_a_picture(kedit: Kedit, edited_world: Pa
     assert (code, "already exists" in err) == (1, True)
 
 
+def test_show_writes_a_page(kedit: Kedit, edited_world: Path, tmp_path: Path) -> None:
+    delta = tmp_path / "edit.safetensors"
+    delta.write_bytes((edited_world / "edit.safetensors").read_bytes())
+    code, output, _ = kedit("show", delta, "--html")
+    assert (code, f"page: {tmp_path / 'edit.html'}" in output) == (0, True)
+    page = (tmp_path / "edit.html").read_text(encoding="utf-8")
+    row = next(line for line in output.splitlines() if line.startswith(WEIGHT))
+    for part in (*row.split(), "layer 4", "ParameterScope(layers=0.7)", "edit/reliability 1.000"):
+        assert part in page
+    code, _, err = kedit("show", delta, "--html")
+    assert (code, "already exists" in err) == (1, True)
+    code, output, _ = kedit("show", delta, "--html", tmp_path / "other.html", "--json")
+    assert json.loads(output)["html"] == str(tmp_path / "other.html")
+    assert "edit.safetensors" not in EditDelta.load(delta)._repr_html_()
+    assert "layer 4" in EditDelta.load(delta)._repr_html_()
+
+
+def test_names_in_a_delta_do_not_become_html(kedit: Kedit, tmp_path: Path) -> None:
+    name, license = "layers.0.<script>alert(1)</script>", "<img src=x onerror=alert(1)>"
+    delta = EditDelta.between({name: torch.zeros(3, 2)}, {name: torch.ones(3, 2)}, license=license)
+    assert kedit("show", delta.save(tmp_path / "edit.safetensors"), "--html")[0] == 0
+    for page in ((tmp_path / "edit.html").read_text(encoding="utf-8"), delta._repr_html_()):
+        assert "<script" not in page
+        assert "<img" not in page
+        assert "&lt;script&gt;alert(1)" in page
+
+
 def test_control_characters_in_a_file_are_escaped(kedit: Kedit, tmp_path: Path) -> None:
     name = "w\x1b[2J\x07"
     delta = EditDelta.between({name: torch.zeros(3, 2)}, {name: torch.ones(3, 2)}, license="\x1b]0;owned\x07")

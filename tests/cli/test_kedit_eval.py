@@ -43,8 +43,11 @@ def test_all_output_files_are_written(kedit: Kedit, edited_world: Path, tmp_path
     card.write_bytes(b"---\nlicense: mit\n---\r\n# Mine")
     words = ["eval", "world", edited_world / "edits.jsonl", "--delta", edited_world / "edit.safetensors", "--full"]
     words += ["--json", tmp_path / "e.json", "--markdown", tmp_path / "e.md", "--plots", tmp_path / "plots"]
-    code, output, _ = kedit(*words, "--card", card)
+    code, output, _ = kedit(*words, "--html", tmp_path / "new" / "e.html", "--card", card)
     assert code == 0
+    page = (tmp_path / "new" / "e.html").read_text(encoding="utf-8")
+    assert "Did it work?" in page
+    assert "layer 4" in page
     report = Report.load(tmp_path / "e.json")
     assert report.metrics["weight_drift"]["relative"].value > 0.0
     assert report.metrics["locality"]["kl"].n > 0

@@ -55,8 +55,11 @@ def test_the_recipe_validates_and_reaches_the_scores_of_its_trial(
 
     # The table, from the stored results.
     assert kedit(*words)[0] == 1
-    code, out, err = kedit(*words, "--force")
+    code, out, err = kedit(*words, "--force", "--html", "new/tuned.html")
     assert code == 0, err
+    page = Path("new/tuned.html").read_text(encoding="utf-8")
+    assert "Settings for " in page
+    assert page.count("<title>") == 3  # of the page and of its two points
     assert "picked: layers 0.5-0.7, step 0.1, energy 0.9, KL 0" in out
     assert "held out (3 edits): reliability " in out
     assert out.splitlines()[-1] == "run the recipe with: lightning run new/tuned.yaml"

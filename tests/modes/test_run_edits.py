@@ -249,3 +249,24 @@ def test_a_later_edit_may_overwrite_an_earlier_one(learner, mode: Any, options: 
 def test_contradictory_edits_in_one_batch_are_refused_before_the_evaluation(learner) -> None:
     with pytest.raises(EditError, match=r"^run_edits: edits, edits 1 \(id 0\) and 4 \(id newest\): the prompt 'P0:'"):
         run_edits(*learner(3), CONTRADICTORY, mode="batch", progress=False)
+
+
+def test_a_result_is_shown_as_html(learner: Any, tmp_path: Path) -> None:
+    result = run_edits(
+        *learner(), facts(), mode="sequential", train=Teacher(forgets=3), checkpoints=(1, 3), progress=False
+    )
+    page = result.save(tmp_path / "report.html").read_text(encoding="utf-8")
+    shown = result._repr_html_()
+    # The page also has the last report, with its answers.
+    assert "Did it work?" in page
+    assert "Did it work?" not in shown
+    for row in result.rows():
+        assert all(f">{cell}</t" in shown for cell in row)
+    # One curve per score with probes, and one point per checkpoint.
+    assert shown.count("<polyline") == 3
+    assert shown.count('r="3"') == 3 * len(result.checkpoints)
+    low, high = (8 + 178 * (1 - bound) for bound in (result.report.metrics["reliability"]["generated"].low or 0, 1.0))
+    assert f'y1="{low:.1f}"' in shown
+    assert high == 8
+    last = result.report.metrics["reliability"]["generated"].value
+    assert repr(result).startswith(f"ModeResult(sequential, 3 checkpoints, Report({N} edits, reliability {last:.3f}, ")

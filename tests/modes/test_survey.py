@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from kedit_train.evaluation.scoring.bootstrap import NO_SCORE
 from kedit_train.modes import retainability
 
 
-def test_the_six_metrics_of_the_survey(learner: Any) -> None:
+def test_the_six_metrics_of_the_survey(learner: Any, tmp_path: Path) -> None:
     class Crowded(Teacher):
         """Learns only every third of several edits."""
 
@@ -44,6 +45,13 @@ def test_the_six_metrics_of_the_survey(learner: Any) -> None:
     assert "| retainability | sequential | -0.076 | – | 12 |" in table
     assert "| portability | batch | – | – | 0 |" in table
     assert json.loads(json.dumps(found.to_dict()))["scalability"]["n"] == N
+    page = found.save(tmp_path / "survey.html").read_text(encoding="utf-8")
+    assert found._repr_html_() in page
+    for row in found.rows():
+        assert all(f">{cell}</td>" in page for cell in row)
+    assert repr(found).startswith(
+        "SurveyMetrics(accuracy 0.333, locality 0.917, generality 0.167, retainability -0.076"
+    )
 
 
 def test_survey_refuses_results_that_cannot_be_compared(learner: Any) -> None:

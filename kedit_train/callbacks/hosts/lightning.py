@@ -176,6 +176,19 @@ def _check_shapes(module: Any, state: Mapping[str, Any], prefix: str, *_: Any) -
             )
 
 
+def key_figures(metrics: Mapping[str, Any]) -> list[str]:
+    """Return the loss, the reliability and the locality as texts, for a line about the progress of a run.
+
+    A figure that is not in ``metrics`` is left out.
+
+    Example:
+        >>> key_figures({"loss": 0.05, "edit/reliability": 1.0, "edit/locality/kl": 0.1})
+        ['loss 0.050', 'reliability 1.000']
+    """
+    names = {"loss": "loss", "edit/reliability": "reliability", "edit/locality": "locality"}
+    return [f"{name} {float(metrics[key]):.3f}" for key, name in names.items() if key in metrics]
+
+
 # The key under which a Lightning checkpoint stores the state of the edit.
 CHECKPOINT_KEY = "kedit_train"
 
@@ -275,8 +288,7 @@ class LightningEvents(LightningCallback):
         done, epochs = trainer.current_epoch + 1, trainer.max_epochs or 0
         # max_epochs is -1 if only the number of steps is limited.
         if run and epochs > 0 and (done in (1, epochs) or done % max(1, epochs // 10) == 0):
-            loss = trainer.callback_metrics.get("loss")
-            run.host.show_progress(f"epoch {done} of {epochs}" + ("" if loss is None else f", loss {float(loss):.4f}"))
+            run.host.show_progress(", ".join([f"epoch {done} of {epochs}", *key_figures(trainer.callback_metrics)]))
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         run = self._driven_run(trainer)

@@ -1,10 +1,13 @@
-"""Send edit/* metrics to the loggers that a transformers trainer was asked to report to, such as TensorBoard."""
+"""Send edit/* metrics to the loggers of a transformers trainer, such as TensorBoard, and to its table in a notebook."""
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping
 from typing import Any
+
+# The metrics that the trainer's table in a notebook shows, and the names of their columns.
+COLUMNS = {"edit/reliability": "Reliability", "edit/generality": "Generality", "edit/locality": "Locality"}
 
 
 class TrainerLoggers:
@@ -29,6 +32,27 @@ class TrainerLoggers:
         kinds = tuple(INTEGRATION_TO_CALLBACK.values())
         every = [] if handler is None else handler.callbacks
         return [one for one in every if isinstance(one, kinds) and not isinstance(one, WandbCallback)]
+
+    def add_to_notebook_table(self, args: Any, state: Any, metrics: Mapping[str, float]) -> None:
+        """Show the scores of the edits in the table that a trainer displays in a notebook.
+
+        The trainer's ``NotebookProgressCallback`` shows only the loss of a row. With ``eval_strategy``, it also shows
+        the trainer's own evaluations, which contain the scores already.
+
+        Args:
+            args: the arguments of the trainer.
+            state: the state of the trainer.
+            metrics: metrics by key. Without a score of :data:`COLUMNS`, nothing is shown.
+        """
+        handler = None if self._handler is None else self._handler()
+        scores = {name: round(metrics[key], 3) for key, name in COLUMNS.items() if key in metrics}
+        if handler is None or not scores or args.eval_strategy != "no":
+            return
+        loss = next((row["loss"] for row in reversed(state.log_history) if "loss" in row), "No log")
+        for callback in handler.callbacks:
+            tracker = getattr(callback, "training_tracker", None)
+            if tracker is not None:
+                tracker.write_line({"Step": state.global_step, "Training Loss": loss, **scores})
 
     def unreachable(self, report_to: str | list[str] | None) -> list[str]:
         """Return the names in ``report_to`` for which the trainer has no logger callback. W&B is left out."""

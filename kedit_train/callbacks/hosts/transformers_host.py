@@ -300,6 +300,7 @@ class TransformersHost(Host):
 
     def _to_loggers(self, metrics: Mapping[str, float], *, last: bool = False) -> None:
         if self.is_main:
+            self.loggers.add_to_notebook_table(self.args, self.state, metrics)
             self.loggers.send(self.args, self.state, self.control, metrics, last=last)
         run = self.wandb_run()
         if run is not None and metrics:

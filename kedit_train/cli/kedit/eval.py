@@ -20,7 +20,7 @@ examples:
   kedit eval runs/mine/adapter edits.jsonl --against Qwen/Qwen3-0.6B                  a PEFT adapter (and its gate)
   kedit eval runs/mine/model edits.jsonl --against before.json --json after.json
   kedit eval runs/mine/model edits.jsonl --against Qwen/Qwen3-0.6B --protocol leading,wild --prose wiki.txt
-  kedit eval runs/mine/model world --against world --markdown eval.md --plots plots --card runs/mine/model/README.md
+  kedit eval runs/mine/model world --against world --html eval.html --plots plots --card runs/mine/model/README.md
 
 With --against or --delta, locality is the fraction of answers that are the same as the answers of the base model.
 Without these options, locality is the fraction of correct answers.
@@ -74,6 +74,7 @@ def arguments(parser: ArgumentParser) -> None:
         help="write the report as JSON to this file; without a file name, print JSON",
     )
     add("--markdown", metavar="F", help="write the report as Markdown to this file")
+    add("--html", metavar="F", help="write the report as an HTML page to this file")
     add("--plots", metavar="DIR", help="write PNG plots into this folder")
     add("--card", metavar="F", help="add the scores to this model card (a Markdown file)")
 
@@ -93,7 +94,8 @@ def run(args: Namespace) -> int:
         )
     if args.json not in (None, "-") and Path(args.json).suffix != ".json":
         raise EditError(f"the file name after --json must end with .json, got {args.json}.")
-    for option, place in (("json", args.json), ("markdown", args.markdown), ("plots", args.plots), ("card", args.card)):
+    for option in ("json", "markdown", "html", "plots", "card"):
+        place = getattr(args, option)
         if place not in (None, "-"):
             _make_folder(f"--{option} {place}", Path(place) if option == "plots" else Path(place).parent)
     from kedit_train.data import EditDataset
@@ -129,7 +131,7 @@ def _evaluate(args: Namespace, name: str, edits: Any, delta: Any) -> Any:
     from kedit_train.cli.kedit.checkpoints import load_for, merged
     from kedit_train.core.gate.adapter_source import gated_folder
     from kedit_train.evaluation import EvaluationOptions, Report, evaluate
-    from kedit_train.evaluation.scoring.weight_drift import weight_drift
+    from kedit_train.evaluation.scoring.weight_drift import BY_TENSOR, norms_by_tensor, tensor_drift, total_drift
 
     options: dict[str, Any] = {"limit": args.limit, "seed": args.seed}
     options["options"] = EvaluationOptions(
@@ -187,7 +189,9 @@ def _evaluate(args: Namespace, name: str, edits: Any, delta: Any) -> Any:
         return report
     # Weight drift is measured after all answers are generated, because this measurement merges an adapter into the
     # weights.
-    return replace(report, metrics={**report.metrics, "weight_drift": weight_drift(merged(model), reference)})
+    drifts = tensor_drift(merged(model), reference)
+    metrics = {**report.metrics, "weight_drift": total_drift(drifts)}
+    return replace(report, metrics=metrics, meta={**report.meta, BY_TENSOR: norms_by_tensor(drifts)})
 
 
 def _same_architecture(base: str, model: str, trust: bool) -> None:
@@ -226,6 +230,8 @@ def _write(args: Namespace, report: Any, delta: Any, label: str) -> None:
         files.append(report.save(args.json))
     if args.markdown:
         files.append(write_text(args.markdown, report.markdown() + "\n"))
+    if args.html:
+        files.append(write_text(args.html, report.html(delta=delta) + "\n"))
     if args.plots:
         for name in ("reliability_locality", "positions"):
             try:

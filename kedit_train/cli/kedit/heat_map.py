@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kedit_train.errors import EditError
+from kedit_train.evaluation.reporting.layer_drift import layer_of
 from kedit_train.evaluation.reporting.plots import new_figure, save_figure
 
 # The number of panels, and of blocks along each side of a panel.
@@ -96,9 +96,9 @@ def _by_layer(norms: dict[str, float]) -> tuple[Any, list[str], list[str]]:
     """
     places = {}
     for name, norm in norms.items():
-        number = re.search(r"\.(\d+)\.", name)
-        module = _short(name[number.end() :] if number else name)
-        places[int(number[1]) if number else -1, module] = norm
+        layer = layer_of(name)
+        module = _short(name if layer is None else name.partition(f".{layer}.")[2])
+        places[-1 if layer is None else layer, module] = norm
     layers, modules = (sorted({place[i] for place in places}) for i in (0, 1))
     grid = [[places.get((layer, module), float("nan")) for module in modules] for layer in layers]
     return grid, modules, ["no layer" if layer == -1 else str(layer) for layer in layers]

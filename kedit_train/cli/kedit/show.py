@@ -7,15 +7,18 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from kedit_train.cli.kedit.output import json_option, new_path, print_json, print_table, size
+from kedit_train.cli.kedit.output import json_option, new_path, print_json, print_table, size, write_text
 
 # The rank of a sparse change is computed only if the change has at most this many rows, or at most this many columns.
 MAX_SIDE = 2048
+COLUMNS = [("tensor", False), ("stored as", False), ("shape", True), ("dtype", True), ("moved", True)]
+COLUMNS += [("|change|", True), ("of base", True), ("largest", True), ("rank", True), ("stable rank", True)]
 HELP = "show what a delta changed: tensors, norms, ranks and scores, and a picture on request"
 EPILOG = """\
 examples:
   kedit show runs/mine/edit.safetensors
   kedit show runs/mine/edit.safetensors --png                  writes runs/mine/edit.png
+  kedit show runs/mine/edit.safetensors --html                 writes runs/mine/edit.html
   kedit show runs/mine/edit.safetensors --json --no-ranks      faster for large matrices
 
 columns:
@@ -40,8 +43,15 @@ def arguments(parser: ArgumentParser) -> None:
         metavar="FILE",
         help="write a heat map to this file; without a file name, write the heat map next to the delta",
     )
+    parser.add_argument(
+        "--html",
+        nargs="?",
+        const="",
+        metavar="FILE",
+        help="write an HTML page to this file; without a file name, write the page next to the delta",
+    )
     parser.add_argument("--no-ranks", action="store_true", help="do not compute ranks, to save time")
-    parser.add_argument("--force", action="store_true", help="replace an existing picture")
+    parser.add_argument("--force", action="store_true", help="replace an existing picture or page")
     json_option(parser)
 
 
@@ -49,6 +59,9 @@ def run(args: Namespace) -> int:
     picture = None
     if args.png is not None:
         picture = new_path(args.png or str(Path(args.delta).with_suffix(".png")), force=args.force)
+    page = None
+    if args.html is not None:
+        page = new_path(args.html or str(Path(args.delta).with_suffix(".html")), force=args.force)
     from tqdm import tqdm
 
     from kedit_train.cli.console import plain
@@ -61,16 +74,16 @@ def run(args: Namespace) -> int:
         from kedit_train.cli.kedit.heat_map import heat_map
 
         heat_map(delta, picture)
+    if page is not None:
+        write_text(page, _page(delta, rows) + "\n")
+    written = {name: str(path) for name, path in (("png", picture), ("html", page)) if path is not None}
     if args.json:
-        meta = {"file": args.delta, "bytes": delta.nbytes, **delta.meta, "tensors": rows}
-        print_json(meta | ({"png": str(picture)} if picture else {}))
+        print_json({"file": args.delta, "bytes": delta.nbytes, **delta.meta, "tensors": rows, **written})
         return 0
-    for line in _metadata_lines(delta.meta):
-        print(plain(line))
+    for name, value in _facts(delta.meta):
+        print(plain(f"{name:<9} {value}"))
     print()
-    columns = [("tensor", False), ("stored as", False), ("shape", True), ("dtype", True), ("moved", True)]
-    columns += [("|change|", True), ("of base", True), ("largest", True), ("rank", True), ("stable rank", True)]
-    print_table(columns, [_cells(row) for row in rows], f"{len(rows)} tensors, {size(delta.nbytes)}")
+    print_table(COLUMNS, [_cells(row) for row in rows], f"{len(rows)} tensors, {size(delta.nbytes)}")
     too_large = [
         row
         for row in rows
@@ -79,9 +92,25 @@ def run(args: Namespace) -> int:
     if too_large and not args.no_ranks:
         count = "1 tensor" if len(too_large) == 1 else f"{len(too_large)} tensors"
         print(f"rank: not computed for {count}: too many rows and columns with changed entries (see kedit show --help)")
-    if picture is not None:
-        print(f"\npicture: {picture}")
+    if written:
+        print()
+    for name, path in written.items():
+        print(f"{'picture' if name == 'png' else 'page'}: {path}")
     return 0
+
+
+def _page(delta: Any, rows: list[dict[str, Any]]) -> str:
+    """Return an HTML page with the metadata of the delta, the change per layer, and the table of its tensors."""
+    from kedit_train.evaluation.reporting.html_elements import Cell, page, paragraph, table
+    from kedit_train.evaluation.reporting.html_report import drift_section
+
+    head = [Cell(text=name, style="number" if numbers else "") for name, numbers in COLUMNS]
+    cells = ([Cell(text=text) for text in _cells(row)] for row in rows)
+    parts = ["<h1>What did the edit change?</h1>", paragraph(f"{len(rows)} tensors, {size(delta.nbytes)}", "dim")]
+    parts += [*drift_section(delta.norms()), "<h2>Tensors</h2>", table(head, cells), "<h2>About the delta</h2>"]
+    facts = ([Cell(text=name, style="dim"), Cell(text=value, style="text")] for name, value in _facts(delta.meta))
+    parts.append(table([Cell(), Cell()], facts))
+    return page("What did the edit change?", "\n".join(parts))
 
 
 def describe(name: str, change: Any, *, ranks: bool = True) -> dict[str, Any]:
@@ -102,11 +131,9 @@ def describe(name: str, change: Any, *, ranks: bool = True) -> dict[str, Any]:
         return row
     # Entries that did not change add nothing to a norm or a rank, so the stored entries are enough.
     moved = change.after.double() - change.before.double()
-    norm = float(moved.norm())
-    row |= {"norm": norm, "largest": float(moved.abs().max()) if moved.numel() else 0.0}
-    if change.layout == "dense":
-        base = float(change.before.double().norm())
-        row["relative"] = norm / base if base else None
+    norms = change.norms()
+    row |= {"norm": norms["change"], "largest": float(moved.abs().max()) if moved.numel() else 0.0}
+    row["relative"] = norms["change"] / norms["before"] if norms["before"] else None
     if ranks and len(change.shape) == 2 and bool(moved.isfinite().all()):
         whole = moved if change.layout != "entries" else _without_zeros(change, moved)
         if whole is not None:
@@ -145,18 +172,18 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
     return [*cells, figure(row["rank"], "d"), figure(row["stable_rank"], ".1f")]
 
 
-def _metadata_lines(meta: Mapping[str, Any]) -> Iterator[str]:
+def _facts(meta: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     base, edits = meta["base"], meta.get("edits") or {}
     license = f", license {base['license']}" if base.get("license") else ""
-    yield f"base      {base.get('name') or 'unnamed'} ({base['fingerprint'][:12]}{license})"
+    yield "base", f"{base.get('name') or 'unnamed'} ({base['fingerprint'][:12]}{license})"
     parents = f", {len(edits['parents'])} deltas merged" if edits.get("parents") else ""
     hashed = f" (SHA-256 {edits['hash'][:12]})" if edits.get("hash") else ""
-    yield f"edits     {edits.get('count', 0) or 'not recorded'}{hashed}{parents}"
+    yield "edits", f"{edits.get('count', 0) or 'not recorded'}{hashed}{parents}"
     configuration = meta.get("configuration")
     if isinstance(configuration, Mapping):
         for key, value in configuration.items():
             for line in value if isinstance(value, list) else [value]:
-                yield f"{key:<9} {line}"
+                yield str(key), str(line)
     for name, value in sorted((meta.get("scores") or {}).items()):
-        yield f"score     {name} {value:.3f}"
-    yield f"versions  {', '.join(f'{name} {value}' for name, value in (meta.get('versions') or {}).items())}"
+        yield "score", f"{name} {value:.3f}"
+    yield "versions", f"{', '.join(f'{name} {value}' for name, value in (meta.get('versions') or {}).items())}"

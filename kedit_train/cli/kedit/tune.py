@@ -15,6 +15,7 @@ from kedit_train.cli.kedit.output import (
     print_json,
     print_table,
     prompt_format_option,
+    write_text,
 )
 from kedit_train.errors import EditError
 
@@ -58,6 +59,7 @@ def arguments(parser: ArgumentParser) -> None:
     )
     add("--out", default="tuned.yaml", metavar="FILE", help="write the recipe to this .yaml file (default: tuned.yaml)")
     add("--wandb", metavar="FILE", help="write a W&B sweep file with the same combinations to this .yaml file")
+    add("--html", metavar="FILE", help="write all results as an HTML page with a plot to this .html file")
     add(
         "--layers",
         nargs="+",
@@ -98,6 +100,7 @@ def arguments(parser: ArgumentParser) -> None:
 def run(args: Namespace) -> int:
     out = new_path(args.out, force=args.force, ending=".yaml")
     sweep = new_path(args.wandb, force=args.force, ending=".yaml") if args.wandb else None
+    page = new_path(args.html, force=args.force, ending=".html") if args.html else None
     if sweep is not None and out.resolve() in (sweep.resolve(), sweep.with_name(f"{sweep.stem}_recipe.yaml").resolve()):
         raise EditError(f"--wandb {sweep} would replace the recipe {out}; choose another file name.")
     from kedit_train.cli.kedit.checkpoints import load_for
@@ -136,6 +139,8 @@ def run(args: Namespace) -> int:
         # bundled edits.
         part = args.edits if is_world(args.keep) else str(halves[0])
         files.append(result.save_sweep(sweep, model=args.model, edits=part, keep=args.keep))
+    if page is not None:
+        files.append(write_text(page, result.html() + "\n"))
     if args.json:
         print_json({**result.to_dict(), "written": [str(path) for path in files]})
         return 0

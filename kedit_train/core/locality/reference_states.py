@@ -159,7 +159,9 @@ def by_length(sequences: Sequence[Sequence[int]], batch_size: int, *, quiet: boo
     """Yield batches of sequence indices, sorted by sequence length to reduce padding."""
     order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-    yield from tqdm(batches, desc="reference hidden states", leave=False, disable=quiet or len(batches) < 64)
+    # disable=None shows the bar in a terminal only.
+    hide_bar = quiet or len(batches) < 64
+    yield from tqdm(batches, desc="reference hidden states", leave=False, disable=hide_bar or None)
 
 
 def _precision(device: torch.device, context: AbstractContextManager[Any]) -> str:

@@ -8,9 +8,11 @@ from kedit_train.data.tokenization import shorten
 from kedit_train.evaluation.report_data import ReportData
 from kedit_train.evaluation.reporting.report_lines import (
     HEADING,
+    answer_lists,
     format_interval,
     format_number,
     notes,
+    reproduction,
     score_lines,
     table_note,
 )
@@ -81,11 +83,7 @@ def _positions(report: ReportData) -> Iterator[str]:
 
 
 def _answers(report: ReportData, limit: int) -> Iterator[str]:
-    edits = [result for result in report.answers if result.question == "reliability"]
-    changed = [result for result in report.answers if result.question == "locality" and result.unchanged is False]
-    for title, results in (("Edits", edits), ("Changed answers to other prompts", changed)):
-        if not results or limit < 1:
-            continue
+    for title, results in answer_lists(report) if limit > 0 else ():
         yield f"\n## {title} ({min(limit, len(results))} of {len(results)})\n"
         rows = []
         for result in results[:limit]:
@@ -98,14 +96,7 @@ def _answers(report: ReportData, limit: int) -> Iterator[str]:
 
 
 def _reproduction(report: ReportData) -> Iterator[str]:
-    meta = report.meta
     yield "\n## How to reproduce it\n"
-    for name, value in (
-        ("data", f"{meta['data_name']}, SHA-256 `{meta['data_hash']}`"),
-        ("seed", meta["seed"]),
-        ("settings", ", ".join(f"{key}={value}" for key, value in meta["settings"].items())),
-        ("versions", ", ".join(f"{key} {value}" for key, value in meta["versions"].items())),
-        ("date", meta["date"]),
-        ("seconds", meta["seconds"]),
-    ):
-        yield f"- {name}: {value}"
+    values = dict(reproduction(report))
+    values["data"] += f", SHA-256 `{values.pop('SHA-256 of the data')}`"
+    yield from (f"- {name}: {value}" for name, value in values.items())

@@ -10,6 +10,7 @@ from kedit_train.evaluation.report_data import ReportData
 from kedit_train.evaluation.scoring.bootstrap import NO_SCORE, Score
 from kedit_train.evaluation.scoring.metrics import QUESTIONS
 from kedit_train.evaluation.scoring.own_endings import CUT_SHARE
+from kedit_train.evaluation.scoring.probe_results import ProbeResult
 from kedit_train.evaluation.scoring.protocols import EXACT, Protocols
 
 HEADING = "Did it work?"
@@ -65,6 +66,8 @@ class ScoreLine:
         unedited: the score of the unedited model.
         teacher_forced: the teacher-forced score on the same probes.
         is_kind: True if the line is about one kind of probe. Such a line is shown below the line of its metric.
+        is_headline: True for the first line of reliability, generality, portability and locality.
+        is_fraction: True if the score is between 0 and 1.
     """
 
     label: str
@@ -72,6 +75,8 @@ class ScoreLine:
     unedited: Score = NO_SCORE
     teacher_forced: Score = NO_SCORE
     is_kind: bool = False
+    is_headline: bool = False
+    is_fraction: bool = True
 
     @property
     def basis(self) -> Score:
@@ -98,7 +103,8 @@ def score_lines(report: ReportData) -> Iterator[ScoreLine]:
         ("ended", "fluency: ended by itself"),
     ):
         if fluency[name].n:
-            yield ScoreLine(label=label, unedited=unedited_fluency.get(name, NO_SCORE), edited=fluency[name])
+            before = unedited_fluency.get(name, NO_SCORE)
+            yield ScoreLine(label=label, unedited=before, edited=fluency[name], is_fraction=name != "entropy")
     for kind, score in metrics.get("overlap", {}).items():
         if score.n:
             label = "overlap with the target (ROUGE-L)" if kind == "prompt" else kind
@@ -106,18 +112,19 @@ def score_lines(report: ReportData) -> Iterator[ScoreLine]:
             yield ScoreLine(label=label, unedited=before, edited=score, is_kind=kind != "prompt")
     if metrics["perplexity"].n:
         unedited_perplexity = unedited.get("perplexity", NO_SCORE)
-        yield ScoreLine(label="perplexity", unedited=unedited_perplexity, edited=metrics["perplexity"])
+        score = metrics["perplexity"]
+        yield ScoreLine(label="perplexity", unedited=unedited_perplexity, edited=score, is_fraction=False)
     for name, label in (("kl", "prose: KL (nats per token)"), ("agreement", "prose: same top token")):
         if (score := metrics.get("prose", {}).get(name, NO_SCORE)).n:
-            yield ScoreLine(label=label, edited=score)
+            yield ScoreLine(label=label, edited=score, is_fraction=name != "kl")
     for question, score in metrics.get("retrieval", {}).items():
         # The baseline has the weights of the unedited model.
         columns = {"edited": score} if report.unedited is None else {"unedited": score, "edited": NO_SCORE}
         yield ScoreLine(label=f"fact in the prompt: {question}", **columns)
     if (score := metrics.get("router", {}).get("kl", NO_SCORE)).n:
-        yield ScoreLine(label="routers: KL (nats per token)", edited=score)
+        yield ScoreLine(label="routers: KL (nats per token)", edited=score, is_fraction=False)
     for name, score in metrics["weight_drift"].items():
-        yield ScoreLine(label=f"weight drift: {name}", edited=score)
+        yield ScoreLine(label=f"weight drift: {name}", edited=score, is_fraction=name == "moved")
 
 
 def _question_lines(
@@ -131,6 +138,7 @@ def _question_lines(
         unedited=NO_SCORE if compared else unedited.get("generated", NO_SCORE),
         edited=edited["generated"],
         teacher_forced=NO_SCORE if compared else edited["teacher_forced"],
+        is_headline=True,
     )
     kinds = edited.get("by_kind", {})
     for kind, own in kinds.items() if len(kinds) > 1 or (kinds and not edited["generated"].n) else ():
@@ -148,7 +156,8 @@ def _question_lines(
             # For the unedited model, a fraction of unchanged answers has no meaning, but the probability of an answer
             # does.
             before = NO_SCORE if compared and name != "probability" else unedited.get(name, NO_SCORE)
-            yield ScoreLine(label=named, unedited=before, edited=edited[name], is_kind=True)
+            is_fraction = name != "magnitude"
+            yield ScoreLine(label=named, unedited=before, edited=edited[name], is_kind=True, is_fraction=is_fraction)
     if compared:
         if protocols.names != EXACT.names:
             yield ScoreLine(label="locality: first tokens kept", edited=edited.get("tokens_kept", NO_SCORE))
@@ -161,7 +170,7 @@ def _question_lines(
         )
         yield ScoreLine(label="locality: right answers kept", edited=edited["kept_right"])
     if question == "locality" and edited["kl"].n:
-        yield ScoreLine(label="locality: KL (nats per token)", edited=edited["kl"])
+        yield ScoreLine(label="locality: KL (nats per token)", edited=edited["kl"], is_fraction=False)
 
 
 def _locality_label(headline: str, compared: bool) -> str:
@@ -214,6 +223,26 @@ def notes(report: ReportData) -> list[str]:
             f'protocol="{better}", or a larger max_new_tokens'
         )
     return lines
+
+
+def answer_lists(report: ReportData) -> list[tuple[str, list[ProbeResult]]]:
+    """Return the two lists of answers that a report shows, each with its title. Empty lists are left out."""
+    edits = [result for result in report.answers if result.question == "reliability"]
+    changed = [result for result in report.answers if result.question == "locality" and result.unchanged is False]
+    lists = [("Edits", edits), ("Changed answers to other prompts", changed)]
+    return [(title, results) for title, results in lists if results]
+
+
+def reproduction(report: ReportData) -> Iterator[tuple[str, str]]:
+    """Yield pairs (name, value) of the metadata that are needed to repeat the evaluation."""
+    meta = report.meta
+    yield "data", str(meta["data_name"])
+    yield "SHA-256 of the data", str(meta["data_hash"])
+    yield "seed", str(meta["seed"])
+    yield "settings", ", ".join(f"{key}={value}" for key, value in meta["settings"].items())
+    yield "versions", ", ".join(f"{key} {value}" for key, value in meta["versions"].items())
+    yield "date", str(meta["date"])
+    yield "seconds", str(meta["seconds"])
 
 
 def format_number(value: float | None) -> str:

@@ -13,6 +13,7 @@ from kedit_train.data.tokenization import shorten
 from kedit_train.evaluation.report_data import ReportData
 from kedit_train.evaluation.reporting.report_lines import (
     HEADING,
+    answer_lists,
     format_interval,
     format_number,
     notes,
@@ -36,15 +37,13 @@ def render_report(report: ReportData, answers: int) -> Group:
         more = " …" if len(positions) > 8 else ""
         parts.append(Text(f"target tokens ranked first, by position: {shares}{more}", style="dim"))
     compared = report.unedited is not None
-    edits = [result for result in report.answers if result.question == "reliability"]
-    changed = [result for result in report.answers if result.question == "locality" and result.unchanged is False]
-    for title, results, with_target in (("Edits", edits, True), ("Changed answers to other prompts", changed, False)):
-        if results and answers > 0:
-            heading = f"{title} ({min(answers, len(results))} of {len(results)})"
-            parts += [Text(), _answers_table(heading, results[:answers], compared, with_target)]
-            if len(results) > answers:
-                where = "in Report.answers, and in the file that Report.save or report_path writes"
-                parts.append(Text(f"{len(results) - answers} more: {where}", style="dim"))
+    for title, results in answer_lists(report) if answers > 0 else ():
+        heading = f"{title} ({min(answers, len(results))} of {len(results)})"
+        with_target = results[0].question == "reliability"
+        parts += [Text(), _answers_table(heading, results[:answers], compared, with_target)]
+        if len(results) > answers:
+            where = "in Report.answers, and in the file that Report.save or report_path writes"
+            parts.append(Text(f"{len(results) - answers} more: {where}", style="dim"))
     parts += [Text(note, style="yellow") for note in notes(report)]
     return Group(*parts)
 

@@ -9,7 +9,10 @@ from typing import Any
 
 from kedit_train.atomic_write import writing
 from kedit_train.data import EditDataset
+from kedit_train.evaluation.reporting.html_elements import fragment, page
+from kedit_train.evaluation.reporting.markdown import markdown_table
 from kedit_train.evaluation.reporting.report_lines import format_number
+from kedit_train.modes.html_results import render_tune_result
 from kedit_train.modes.tuning.halving import Trial, front
 from kedit_train.modes.tuning.recipe import Source, recipe_text, sweep_text
 from kedit_train.modes.tuning.settings import TuneGrid, TuneSetting
@@ -17,7 +20,7 @@ from kedit_train.modes.tuning.settings import TuneGrid, TuneSetting
 COLUMNS = ("edits", "layers", "step", "energy", "KL", "reliability", "generality", "locality", "score", "seconds", "")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class TuneResult:
     """The result of :func:`~kedit_train.modes.tune`.
 
@@ -64,10 +67,26 @@ class TuneResult:
 
     def markdown(self) -> str:
         """Return the table, the rule and the metadata as Markdown."""
-        lines = [f"# Settings for {self.meta['model']}", "", "| " + " | ".join(COLUMNS) + " |"]
-        lines += ["|" + "---:|" * (len(COLUMNS) - 1) + "---|"]
-        lines += ["| " + " | ".join(row) + " |" for row in self.rows()]
+        lines = [f"# {self.title}", "", *markdown_table(COLUMNS, self.rows(), 0)]
         return "\n".join([*lines, "", *self.notes(), "", *(f"- {name}: {value}" for name, value in self.meta.items())])
+
+    def html(self) -> str:
+        """Return a complete HTML page: the trials as a plot of generality against locality and as a table."""
+        return page(self.title, render_tune_result(self, COLUMNS))
+
+    def _repr_html_(self) -> str:
+        return fragment(render_tune_result(self, COLUMNS))
+
+    def __repr__(self) -> str:
+        """Return one line: the number of trials, the picked setting, and its scores on the held-out edits."""
+        scores = {name: getattr(self.held_out, name) for name in ("reliability", "generality", "locality")}
+        shown = ", ".join(f"{name} {format_number(value)}" for name, value in scores.items() if value is not None)
+        return f"TuneResult({len(self.trials)} trials, picked: {self.picked.setting}, held out: {shown})"
+
+    @property
+    def title(self) -> str:
+        """The heading of the table."""
+        return f"Settings for {self.meta['model']}"
 
     def notes(self) -> list[str]:
         """Return the lines below the table: the columns, the runs without a result, and how a setting was picked."""

@@ -31,8 +31,18 @@ def test_weight_drift_does_not_depend_on_the_chunk_size(chunk: int, monkeypatch:
         [(p.detach().double() - before[name].double()).flatten() for name, p in model.named_parameters()]
     )
     size = torch.cat([value.double().flatten() for value in before.values()])
-    found = drift.weight_drift(model, before)
+    by_tensor = drift.tensor_drift(model, before)
+    found = drift.total_drift(by_tensor)
     assert found["relative"].value == pytest.approx(float(change.norm() / size.norm()), rel=1e-12)
     assert found["largest"].value == float(change.abs().max())
     assert found["moved"].value == 12 / 82
     assert {score.n for score in found.values()} == {82}
+    # The norms per tensor, without the tensor that did not change.
+    norms = drift.norms_by_tensor(by_tensor)
+    assert norms.keys() == {"matrix", "narrow"}
+    for name, values in norms.items():
+        old = before[name].double()
+        assert values["change"] == pytest.approx(
+            float((model.get_parameter(name).detach().double() - old).norm()), rel=1e-12
+        )
+        assert values["before"] == pytest.approx(float(old.norm()), rel=1e-12)

@@ -86,6 +86,17 @@ def test_every_setting_runs_on_few_edits_and_the_best_on_all(scripted: Tune) -> 
     assert (again.trials, again.held_out) == (result.trials, result.held_out)
     assert json.loads(json.dumps(again.to_dict()))["picked"] == best.to_dict()
     assert "picked" in again.markdown()
+    page = again.html()
+    # Four points on four edits, one on all of the tuning half, and the held-out run.
+    assert page.count('r="4"') == 6
+    assert page.count('r="8"') == 1
+    # Locality 0.8 and generality 0.9, in a frame of 316 x 178 whose corner is at (34, 8).
+    assert page.count(f'cx="{34 + 316 * 0.8:.1f}" cy="{8 + 178 * 0.1:.1f}" r="4"') == 3
+    assert f'<td class="number" data-label="layers">{best.layers}</td>' in page
+    assert again._repr_html_() in page
+    assert repr(again) == (
+        f"TuneResult(5 trials, picked: {best}, held out: reliability 1.000, generality 0.900, locality 0.800)"
+    )
     # With another seed, nothing is known.
     scripted(scores, grid=GRID, seed=1)
     assert len(calls) == 12
