@@ -14,6 +14,7 @@ from kedit_train import world
 from kedit_train.core.gate.adapter_source import OTHER_WAY, adapted_base, adapter_folder
 from kedit_train.core.gate.gate import Gate
 from kedit_train.core.gate.gate_file import has_gate
+from kedit_train.core.quantized_layers import PackingGuard
 from kedit_train.errors import EditError
 from kedit_train.gguf_file import is_gguf, load_gguf
 from kedit_train.optional import require
@@ -135,7 +136,9 @@ def is_causal(model: Any) -> bool:
         EditError: the logits are NaN.
     """
     ids = torch.tensor([[3, 4, 5, 6], [3, 4, 5, 7]], device=model.device)
+    packing = PackingGuard(model)
     logits = model.eval()(input_ids=ids).logits.float()
+    packing.remove()
     change = (logits[0] - logits[1]).norm(dim=-1)
     if bool(change.isnan().any()):
         raise EditError(
