@@ -14,10 +14,10 @@ from kedit_train import world
 from kedit_train.core.gate.adapter_source import OTHER_WAY, adapted_base, adapter_folder
 from kedit_train.core.gate.gate import Gate
 from kedit_train.core.gate.gate_file import has_gate
-from kedit_train.core.quantized_layers import PackingGuard
 from kedit_train.errors import EditError
 from kedit_train.gguf_file import is_gguf, load_gguf
 from kedit_train.optional import require
+from kedit_train.quantized_layers import PackingGuard
 
 
 def load_model(name: str, *, dtype: str = "float32", trust_remote_code: bool = False) -> tuple[Any, Any]:

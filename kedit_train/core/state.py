@@ -11,8 +11,8 @@ from kedit_train.core.fsdp import reshard
 from kedit_train.core.full_precision import FullPrecision
 from kedit_train.core.locality.divergence_penalty import DivergencePenalty
 from kedit_train.core.output_head import find_language_model
-from kedit_train.core.quantized_layers import PackingGuard
 from kedit_train.edit import Edit
+from kedit_train.quantized_layers import PackingGuard, check_not_packed
 
 
 class RunState:
@@ -43,6 +43,7 @@ class RunState:
     def __init__(self, root: nn.Module, host: Any) -> None:
         reshard(root)
         self.root = root
+        check_not_packed(root)
         self.packing = PackingGuard(root)
         self.host = host
         self.language_model = find_language_model(root)

@@ -14,6 +14,7 @@ from kedit_train import world
 from kedit_train.callbacks import EditCallback, ParameterScope, editing
 from kedit_train.data import EditDataset
 from kedit_train.errors import EditError
+from kedit_train.evaluation_mode import evaluation_mode
 from kedit_train.pretrained import is_causal
 
 SLOW = [pytest.param(host, marks=pytest.mark.slow) for host in ("SFTTrainer", "Fabric")]
@@ -150,6 +151,16 @@ def test_packed_weights_are_an_error_before_training() -> None:
     with pytest.raises(EditError, match=r"4-bit weights of 1 have no gradient, .* load the model again") as error:
         step(model, lambda number: None, modules="0")
     assert "\n" not in str(error.value)
+
+
+def test_evaluation_mode_packs_no_weights() -> None:
+    model = packing()
+    with evaluation_mode(model), torch.no_grad():
+        model(torch.ones(1, 4))
+    assert not is_packed(model)
+    assert model.training
+    use(model)
+    assert is_packed(model)
 
 
 def test_the_test_of_a_loaded_model_packs_no_weights() -> None:

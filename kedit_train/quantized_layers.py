@@ -24,20 +24,9 @@ class PackingGuard:
 
     Args:
         root: a module that contains the layers.
-
-    Raises:
-        EditError: a layer is already packed. It is not unpacked, because bitsandbytes cannot restore the scales of the
-            blocks exactly.
     """
 
     def __init__(self, root: nn.Module) -> None:
-        packed = next((name for name, module in root.named_modules() if _is_packed(module)), None)
-        if packed is not None:
-            raise EditError(
-                f"the 4-bit weights of {packed} have no gradient, because a call without gradients has packed them for "
-                "inference on this CPU; load the model again and begin the edit before you call the model, or train on "
-                "a GPU."
-            )
         self._layers = [module for module in root.modules() if module.__dict__.get(_PERMITS)]
         for module in self._layers:
             module.__dict__[_PERMITS] = False
@@ -47,6 +36,23 @@ class PackingGuard:
         for module in self._layers:
             module.__dict__[_PERMITS] = True
         self._layers = []
+
+
+def check_not_packed(root: nn.Module) -> None:
+    """Check that no 4-bit layer of a model is packed.
+
+    A packed layer is not unpacked, because bitsandbytes cannot restore the scales of its blocks exactly.
+
+    Raises:
+        EditError: a layer is packed.
+    """
+    packed = next((name for name, module in root.named_modules() if _is_packed(module)), None)
+    if packed is not None:
+        raise EditError(
+            f"the 4-bit weights of {packed} have no gradient, because a call without gradients has packed them for "
+            "inference on this CPU; load the model again and begin the edit before you call the model, or train on "
+            "a GPU."
+        )
 
 
 def _is_packed(module: nn.Module) -> bool:
