@@ -137,7 +137,7 @@ class OptimizerSteps:
         self.integrity.start()
         self._check_written_since_announcement()
         self.integrity.check_frozen_gradients()
-        check_gradients(run)
+        check_gradients(run, penalized=bool(self._penalized))
         if will_skip(optimizer, scaler, [p.grad for p in run.scope.values() if p.grad is not None]):
             self.skipped, self._penalized = self.skipped + 1, None
             return

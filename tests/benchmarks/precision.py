@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from settings import SMOLLM2
 
 from kedit_train import EditDataset
 from kedit_train.callbacks import KLLocality, ParameterScope, StopWhenEdited, TokenSmoothing
+from kedit_train.data import Edit
 from kedit_train.evaluation import EvaluationOptions, Report, evaluate
 from kedit_train.modes import TrainLoop
 
@@ -32,7 +34,7 @@ RESULTS = Path(__file__).with_name("precision.jsonl")
 DATA = Path(__file__).resolve().parents[2] / "recipes" / "smollm2"
 BASES = {"fp32": "fp32", "bf16": "bf16, fp32 masters", "8bit": "8 bit", "4bit": "4 bit (NF4)"}
 # The texts that KLLocality reads; the texts after them measure the divergence.
-TRAINED_TEXTS, HELD_TEXTS = 320, 80
+TRAINED_TEXTS, HELD_TEXTS = 320, 40
 SHAPE = {"r": 8, "lora_alpha": 32, "target_modules": ["down_proj"], "layers_to_transform": list(range(15, 30))}
 COLUMNS = (
     ("megabytes", 0), ("reliability", 2), ("generality", 2), ("locality", 2), ("kl", 4), ("base_kl", 4), ("seconds", 0),
@@ -61,23 +63,43 @@ def options() -> EvaluationOptions:
     return EvaluationOptions(max_new_tokens=12, prose=texts()[TRAINED_TEXTS : TRAINED_TEXTS + HELD_TEXTS])
 
 
-def edit(base: str, seed: int, tokenizer: Any, edits: Any, full: Report) -> dict[str, Any]:
-    """Train a new adapter on a new base model, and return the scores.
+@dataclass
+class Base:
+    """An unedited model, with what is measured before its edits.
+
+    Args:
+        megabytes: the size of its parameters.
+        report: its evaluation, which contains the distributions that the edited models are compared with.
+        kl: the divergence of its predictions from those of the unedited model in fp32.
+    """
+
+    megabytes: float
+    report: Report
+    kl: float
+
+
+def measure(base: str, tokenizer: Any, edits: Sequence[Edit], full: Report) -> Base:
+    """Measure an unedited model. ``full`` is the evaluation of the fp32 model on the first edit."""
+    model = load(base)
+    compared = evaluate(model, tokenizer, edits[:1], options=options(), unedited=full, progress=False)
+    report = evaluate(model, tokenizer, edits, options=options(), progress=False)
+    megabytes = sum(p.numel() * p.element_size() for p in model.parameters()) / 1e6
+    return Base(megabytes, report, compared.metrics["prose"]["kl"].value)
+
+
+def edit(base: str, before: Base, seed: int, tokenizer: Any, edits: Sequence[Edit]) -> dict[str, Any]:
+    """Train a new adapter on a new model, and return the scores.
 
     Args:
         base: a key of ``BASES``.
+        before: the unedited model.
         seed: seed of the adapter and of the order of the examples.
         tokenizer: the tokenizer of SmolLM2.
         edits: the edits.
-        full: the evaluation of the unedited model in fp32.
     """
     from peft import LoraConfig, get_peft_model
 
     model = load(base)
-    megabytes = sum(p.numel() * p.element_size() for p in model.parameters()) / 1e6
-    # The reports of the unedited model also contain its distributions, with which the edited model is compared.
-    base_kl = evaluate(model, tokenizer, edits, options=options(), unedited=full, progress=False).metrics["prose"]
-    unedited = evaluate(model, tokenizer, edits, options=options(), progress=False)
     torch.manual_seed(seed)
     adapted: Any = get_peft_model(
         model, LoraConfig(**SHAPE, task_type="CAUSAL_LM"), autocast_adapter_dtype=base != "bf16"
@@ -92,12 +114,12 @@ def edit(base: str, seed: int, tokenizer: Any, edits: Any, full: Report) -> dict
     began = time.process_time()
     loop(adapted, edits)
     seconds = time.process_time() - began
-    report = evaluate(adapted.eval(), tokenizer, edits, options=options(), unedited=unedited, progress=False)
+    report = evaluate(adapted.eval(), tokenizer, edits, options=options(), unedited=before.report, progress=False)
     names = ("reliability", "generality", "locality")
     found = {name: report.metrics[name]["generated"].value for name in names}
     return {
         "base": base, "seed": seed, **found, "kl": report.metrics["prose"]["kl"].value,
-        "base_kl": base_kl["kl"].value, "megabytes": megabytes, "seconds": seconds,
+        "base_kl": before.kl, "megabytes": before.megabytes, "seconds": seconds,
     }  # fmt: skip
 
 
@@ -123,11 +145,14 @@ def main() -> None:
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(SMOLLM2)
-        edits = EditDataset.load(DATA / "facts.jsonl", limit=given.facts)
-        full = evaluate(load("fp32"), tokenizer, edits, options=options(), progress=False)
+        edits = list(EditDataset.load(DATA / "facts.jsonl", limit=given.facts))
+        full = evaluate(load("fp32"), tokenizer, edits[:1], options=options(), progress=False)
+        measured: dict[str, Base] = {}
         for seed in given.seeds:
             for base in given.bases:
-                row = edit(base, seed, tokenizer, edits, full)
+                if base not in measured:
+                    measured[base] = measure(base, tokenizer, edits, full)
+                row = edit(base, measured[base], seed, tokenizer, edits)
                 print({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
                 # A part of the facts is a trial, whose row is not kept.
                 if given.facts == 20:

@@ -11,7 +11,7 @@ from conformance.hosts import HOSTS
 from torch import Tensor, nn
 
 from kedit_train import world
-from kedit_train.callbacks import EditCallback, ParameterScope, editing
+from kedit_train.callbacks import EditCallback, ParameterScope, WeightAnchor, editing
 from kedit_train.data import EditDataset
 from kedit_train.errors import EditError
 from kedit_train.evaluation_mode import evaluation_mode
@@ -53,9 +53,9 @@ def test_a_scope_behind_a_detached_output_is_an_error_before_the_first_step(host
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
-def step(model: nn.Module, loss: Any, steps: int = 1, modules: str = "*") -> Any:
+def step(model: nn.Module, loss: Any, steps: int = 1, modules: str = "*", callbacks: Any = ()) -> Any:
     """Take optimizer steps in a plain loop. ``loss`` is a function of the step number, or None for no backward."""
-    with editing(model, [ParameterScope(modules=modules)]) as edit:
+    with editing(model, [ParameterScope(modules=modules), *callbacks]) as edit:
         optimizer = torch.optim.SGD(edit.parameters(), lr=1.0)
         for number in range(steps):
             edit.before_step()
@@ -83,6 +83,23 @@ def test_a_gradient_of_zeros_is_allowed() -> None:
     model = nn.Linear(2, 2)
     # A clipped loss of learned edits has such gradients.
     assert step(model, lambda number: model(torch.zeros(1, 2)).sum() * 0.0).step == 1
+
+
+class Clip(EditCallback):
+    """Stands for a token loss with a clip."""
+
+    def provides(self) -> set[str]:
+        return {"token_clip"}
+
+
+@pytest.mark.parametrize("backward", [True, False])
+def test_a_penalty_on_the_weights_does_not_hide_the_missing_gradient(backward: bool) -> None:
+    """The penalty is zero at the reference weights, and so is its gradient."""
+    model, other = nn.Linear(2, 2), nn.Parameter(torch.ones(()))
+    with pytest.raises(EditError, match="no gradient has reached weight"):
+        step(model, lambda number: other * 1.0 if backward else None, callbacks=[WeightAnchor(strength=1.0)])
+    assert step(model, lambda number: model.bias.sum(), callbacks=[WeightAnchor(strength=1.0)]).step == 1
+    assert step(model, lambda number: model.bias.sum() * 0, callbacks=[WeightAnchor(strength=1.0), Clip()]).step == 1
 
 
 def test_only_the_first_step_needs_a_gradient() -> None:
