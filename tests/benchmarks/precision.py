@@ -13,6 +13,7 @@ are bf16, too; ``ParameterScope`` trains them in fp32 and rounds them at the end
 from __future__ import annotations
 
 import argparse
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -141,6 +142,8 @@ def main() -> None:
     parser.add_argument("--facts", type=int, default=20)
     given = parser.parse_args()
     torch.set_num_threads(1)
+    # The 8-bit layers log a line for every call.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     if given.what == "run":
         from transformers import AutoTokenizer
 
