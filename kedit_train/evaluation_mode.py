@@ -7,10 +7,16 @@ from contextlib import contextmanager
 
 from torch import nn
 
+from kedit_train.quantized_layers import PackingGuard
+
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Context manager: put every module into evaluation mode, and restore the previous modes at the end."""
+    """Context manager: put every module into evaluation mode, and restore the previous modes at the end.
+
+    4-bit layers of bitsandbytes keep their gradient.
+    """
+    packing = PackingGuard(model)
     modes = [(m, m.training) for m in model.modules()]
     model.eval()
     try:
@@ -18,3 +24,4 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+        packing.remove()

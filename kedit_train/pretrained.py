@@ -17,6 +17,7 @@ from kedit_train.core.gate.gate_file import has_gate
 from kedit_train.errors import EditError
 from kedit_train.gguf_file import is_gguf, load_gguf
 from kedit_train.optional import require
+from kedit_train.quantized_layers import PackingGuard
 
 
 def load_model(name: str, *, dtype: str = "float32", trust_remote_code: bool = False) -> tuple[Any, Any]:
@@ -135,7 +136,9 @@ def is_causal(model: Any) -> bool:
         EditError: the logits are NaN.
     """
     ids = torch.tensor([[3, 4, 5, 6], [3, 4, 5, 7]], device=model.device)
+    packing = PackingGuard(model)
     logits = model.eval()(input_ids=ids).logits.float()
+    packing.remove()
     change = (logits[0] - logits[1]).norm(dim=-1)
     if bool(change.isnan().any()):
         raise EditError(

@@ -60,19 +60,3 @@ def check_head(head: nn.Module) -> None:
             "sharded them again by then; remove reshard_after_forward from the fully_shard call for the whole model, "
             "or apply fully_shard to the head itself."
         )
-
-
-def check_gradients(scope: Iterable[nn.Parameter]) -> None:
-    """Raise an error if the scope is sharded and none of its parameters has a gradient.
-
-    Without gradients, an optimizer step would change nothing. FSDP2 transfers gradients to the sharded parameters only
-    if the loss is computed from outputs of sharded modules. Otherwise the gradients stay on the gathered copies of the
-    parameters, and no optimizer updates these copies.
-    """
-    scope = list(scope)
-    if any(isinstance(p, DTensor) for p in scope) and all(p.grad is None for p in scope):
-        raise EditError(
-            "no gradient has reached the sharded parameters in scope, so this optimizer step would change nothing; "
-            "apply fully_shard to the module that the training loop calls, and compute the loss from the output of "
-            "that module."
-        )

@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
+
 import torch.distributed as dist
+
+from kedit_train.errors import EditError
+
+# Launchers set one of these variables to the number of processes: torchrun, Intel MPI, Open MPI, MVAPICH2.
+_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
 def has_process_group() -> bool:
@@ -23,3 +31,30 @@ def rank() -> int:
 def is_distributed() -> bool:
     """Return whether more than one process takes part in this training."""
     return world_size() > 1
+
+
+def check_launcher(environment: Mapping[str, str] | None = None) -> None:
+    """Raise an error if ``accelerate launch`` was asked for several processes, but has started a single one.
+
+    On CPUs, ``accelerate launch --num_processes 2`` starts the script once (accelerate 1.15), unless ``--multi_gpu`` or
+    an MPI host file is given. The trainer then trains in one process without any message. Accelerate passes no number
+    of processes to the script. It only sets ``MASTER_ADDR`` if the number is above 1.
+
+    Args:
+        environment: environment variables; ``os.environ`` by default.
+
+    Raises:
+        EditError: the variables show that several processes were requested, and this process is not connected to any
+            other.
+
+    Example:
+        >>> check_launcher({"ACCELERATE_USE_CPU": "True", "WORLD_SIZE": "1"})
+    """
+    variables = os.environ if environment is None else environment
+    requested = "ACCELERATE_USE_CPU" in variables and "MASTER_ADDR" in variables
+    if requested and not is_distributed() and not any(name in variables for name in _SIZES):
+        raise EditError(
+            "accelerate launch was asked for several processes but started one, as it does on CPUs; use torchrun "
+            "--nproc-per-node N (with use_cpu=True in the training arguments), or --num_processes 1 without "
+            "MASTER_ADDR in the environment."
+        )

@@ -206,11 +206,9 @@ class EditRun(RunState):
             except Exception as error:
                 # The other callbacks have hooks to remove, too.
                 errors.append(error)
-        self.steps.remove()
-        if self._loss_head is not None:
-            self._loss_head.remove()
-        if self._head is not None:
-            self._head.remove()
+        for part in (self.steps, self._loss_head, self._head, self.packing):
+            if part is not None:
+                part.remove()
         for parameter, requires_grad in self.requires_grad_before.items():
             parameter.requires_grad_(requires_grad)
         self.root.__dict__.pop(_ATTRIBUTE, None)

@@ -13,6 +13,7 @@ from kedit_train.core.full_precision import FullPrecision
 from kedit_train.core.locality.divergence_penalty import DivergencePenalty
 from kedit_train.core.output_head import find_language_model
 from kedit_train.edit import Edit
+from kedit_train.quantized_layers import PackingGuard, check_not_packed
 
 
 class RunState:
@@ -32,6 +33,7 @@ class RunState:
         frozen_outside: whether this run has frozen all parameters outside of the scope.
         full_precision: whether a half-precision scope is trained in fp32.
         masters: the object that keeps the scoped parameters in fp32, or None if they are not trained in fp32.
+        packing: the object that keeps the gradient of 4-bit layers on a CPU.
         penalties: the penalties of this run on divergences from the model before the edit.
         scores: the latest published value of each metric, by metric key. Callbacks publish and read these values.
         published_at: the optimizer step at which each metric was last published, by metric key.
@@ -42,6 +44,8 @@ class RunState:
     def __init__(self, root: nn.Module, host: Any) -> None:
         reshard(root)
         self.root = root
+        check_not_packed(root)
+        self.packing = PackingGuard(root)
         self.host = host
         self.language_model: nn.Module | None = find_language_model(root)
         self.model: nn.Module = root if self.language_model is None else self.language_model

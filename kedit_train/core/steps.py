@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from kedit_train.core.fsdp import check_gradients, full_tensor
+from kedit_train.core.fsdp import full_tensor
 from kedit_train.core.gradient_scaler import gradient_scale, skipped_by_scaler, will_skip
+from kedit_train.core.gradients import check_gradients
 from kedit_train.core.integrity import Integrity
 from kedit_train.core.loaded_optimizer import check_loaded_optimizer
 from kedit_train.core.state import RunState
@@ -137,7 +138,7 @@ class OptimizerSteps:
         self.integrity.start()
         self._check_written_since_announcement()
         self.integrity.check_frozen_gradients()
-        check_gradients(run.scope.values())
+        check_gradients(run, penalized=bool(self._penalized))
         if will_skip(optimizer, scaler, [p.grad for p in run.scope.values() if p.grad is not None]):
             self.skipped, self._penalized = self.skipped + 1, None
             return

@@ -7,7 +7,7 @@ from typing import Any
 from kedit_train.core.fsdp import check_precision, reshard, shard_like
 from kedit_train.core.full_precision import FullPrecision
 from kedit_train.core.integrity import uses_deepspeed
-from kedit_train.core.processes import is_distributed
+from kedit_train.core.processes import check_launcher, is_distributed
 from kedit_train.core.state import RunState
 from kedit_train.errors import EditError
 
@@ -18,9 +18,10 @@ def follow_strategy(run: RunState) -> None:
     This is needed for FSDP2, which replaces each parameter by a DTensor with the same name and shape.
 
     Raises:
-        EditError: the strategy flattened, sliced or renamed a parameter (FSDP1, DeepSpeed), or constraints cannot be
-            enforced in this training loop for another reason.
+        EditError: the strategy flattened, sliced or renamed a parameter (FSDP1, DeepSpeed), constraints cannot be
+            enforced in this training loop for another reason, or the launcher started too few processes.
     """
+    check_launcher()
     reshard(run.root)
     shapes = {name: run.shapes[name] for name in run.scope}
     current = dict(run.model.named_parameters())

@@ -1,0 +1,60 @@
+"""Keep the gradient of the 4-bit layers of bitsandbytes on a CPU.
+
+On a CPU with AVX512-BF16 instructions, ``bitsandbytes.nn.Linear4bit`` packs its weights for a faster kernel at the
+first forward pass in evaluation mode that needs no gradient. From then on, the layer uses this kernel for every call,
+also in training mode, although the kernel has no gradient with respect to the input of the layer (bitsandbytes 0.50).
+The gradients of LoRA factors below such a layer are then missing. If a residual connection passes by the layer, they
+are wrong, and no error is raised.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from kedit_train.errors import EditError
+
+# The attribute of Linear4bit that permits the packing.
+_PERMITS = "support_avx512bf16_for_cpu"
+
+
+class PackingGuard:
+    """Prevent the packing of 4-bit layers until :meth:`remove` is called.
+
+    Without 4-bit layers of bitsandbytes, nothing is done.
+
+    Args:
+        root: a module that contains the layers.
+    """
+
+    def __init__(self, root: nn.Module) -> None:
+        self._layers = [module for module in root.modules() if module.__dict__.get(_PERMITS)]
+        for module in self._layers:
+            module.__dict__[_PERMITS] = False
+
+    def remove(self) -> None:
+        """Permit packing again."""
+        for module in self._layers:
+            module.__dict__[_PERMITS] = True
+        self._layers = []
+
+
+def check_not_packed(root: nn.Module) -> None:
+    """Check that no 4-bit layer of a model is packed.
+
+    A packed layer is not unpacked, because bitsandbytes cannot restore the scales of its blocks exactly.
+
+    Raises:
+        EditError: a layer is packed.
+    """
+    packed = next((name for name, module in root.named_modules() if _is_packed(module)), None)
+    if packed is not None:
+        raise EditError(
+            f"the 4-bit weights of {packed} have no gradient, because a call without gradients has packed them for "
+            "inference on this CPU; load the model again and begin the edit before you call the model, or train on "
+            "a GPU."
+        )
+
+
+def _is_packed(module: nn.Module) -> bool:
+    state = getattr(module._parameters.get("weight"), "quant_state", None)
+    return bool(getattr(state, "packing_format_for_cpu", False))
