@@ -42,7 +42,8 @@ class SubjectTokens(EditCallback):
     same weights, the outputs and the loss are the same. The gradients of hidden states still flow through all tokens.
 
     The model must be a pretrained language model, which reads what it knows about a subject at the tokens of the
-    subject. On the small bundled model, edits with this callback do not succeed. The example below only shows the calls.
+    subject. On the small bundled model, many edits with this callback do not succeed. The example below only shows the
+    calls.
 
     A training example belongs to an edit if its text contains the prompt of the edit. Examples without the prompt of an
     edit and edits without a subject are trained at all tokens. Penalties on other texts, such as ``KLLocality``, act at
@@ -54,8 +55,8 @@ class SubjectTokens(EditCallback):
             ``EditMetrics``, ``EditDataModule``, ``EditSFTTrainer`` or ``editing(edits=)``.
 
     Logs ``edit/scope/subject_examples`` (the fraction of training examples in which a subject was found) and
-    ``edit/scope/subject_share`` (the fraction of all tokens, without padding, that train the weights; examples without a
-    subject count with all tokens).
+    ``edit/scope/subject_share`` (the fraction of all tokens, without padding, that train the weights; examples without
+    a subject count with all tokens).
 
     Raises:
         EditError: the edits of the run are unknown; the scope contains parameters other than weights of ``nn.Linear``,
