@@ -33,22 +33,30 @@ class SubjectTokens(EditCallback):
 
     In the prompt "The mother tongue of Danielle Darrieux is", the subject is "Danielle Darrieux". Plain fine-tuning
     mostly changes what the model computes at the last token of the prompt. This change depends on the wording of the
-    prompt, so the model does not give the new answer to rephrased prompts. With this callback, the edit can only change
-    what the model computes at the tokens of the subject. These tokens are also in rephrased prompts, but not in prompts
-    about other subjects. ROME edits a model at the last token of the subject for the same reason.
+    prompt, so the model does not give the new answer to rephrased prompts. With this callback, the gradients of the
+    weights in scope come only from the tokens of the subject. These tokens are also in rephrased prompts, but not in
+    prompts about other subjects. ROME edits a model at the last token of the subject for the same reason.
 
-    Only the gradients of the weights in scope change. The model computes the same outputs and the same loss, and the
-    gradients of hidden states still flow through all tokens.
+    Only the gradients are restricted. The changed weights act at all tokens, so answers to other prompts can change,
+    too. Add :class:`NullSpace` to keep more of these answers. The callback does not change the forward pass: for the
+    same weights, the outputs and the loss are the same. The gradients of hidden states still flow through all tokens.
+
+    The model must be a pretrained language model, which reads what it knows about a subject at the tokens of the
+    subject. On the small bundled model, many edits with this callback do not succeed. The example below only shows the
+    calls.
 
     A training example belongs to an edit if its text contains the prompt of the edit. Examples without the prompt of an
-    edit, edits without a subject, and penalties of other callbacks, such as ``KLLocality``, are trained at all tokens.
+    edit and edits without a subject are trained at all tokens. Penalties on other texts, such as ``KLLocality``, act at
+    all tokens, too. Losses on the training examples, such as ``TokenLoss`` and ``BatchAnchor``, act only at the tokens
+    of the subject.
 
     Args:
         edits: the edits that are trained (a path, a list of ``Edit`` or an ``EditDataset``). None uses the edits of
-            ``EditMetrics`` or of the training loop.
+            ``EditMetrics``, ``EditDataModule``, ``EditSFTTrainer`` or ``editing(edits=)``.
 
     Logs ``edit/scope/subject_examples`` (the fraction of training examples in which a subject was found) and
-    ``edit/scope/subject_share`` (the fraction of positions that train the weights).
+    ``edit/scope/subject_share`` (the fraction of all tokens, without padding, that train the weights; examples without
+    a subject count with all tokens).
 
     Raises:
         EditError: the edits of the run are unknown; the scope contains parameters other than weights of ``nn.Linear``,
