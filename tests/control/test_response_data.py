@@ -7,12 +7,14 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import EarlyStopping
 
 from kedit_train import world
 from kedit_train.control import (
@@ -162,6 +164,25 @@ def test_at_least_one_prompt_is_held_out() -> None:
     data = data_module(validation=0.0)
     trainer().fit(ValueModule(width=8), data)
     assert not data.validation_indices
+
+
+@pytest.mark.usefixtures("no_sampling")
+@pytest.mark.parametrize("options", [{"prompts": ["The", "The"]}, {"validation": 0.0}])
+def test_a_monitored_error_without_held_out_prompts_is_an_error(options: dict[str, Any]) -> None:
+    stop = EarlyStopping("value/validation_error")
+    message = r"^ResponseDataModule: EarlyStopping monitors value/validation_error, but no prompt is held out; give at "
+    with pytest.raises(EditError, match=message):
+        trainer(callbacks=[stop]).fit(ValueModule(width=8), data_module(**options))
+
+
+def test_a_single_prompt_is_trained_with_a_warning() -> None:
+    data = data_module(prompts=["The", "The"])
+    with pytest.warns(UserWarning, match="no prompt is held out, because all prompts are the same"):
+        trainer().fit(ValueModule(width=8), data)
+    assert not data.validation_indices
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*held out")
+        trainer().fit(ValueModule(width=8), data_module(prompts=["The"], validation=0.0))
 
 
 def needs_answers(prompts: Any, completions: Any, answers: Any) -> list[float]:

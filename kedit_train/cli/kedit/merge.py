@@ -85,8 +85,8 @@ def run(args: Namespace) -> int:
         print(f"{' and '.join(pair['deltas'])}: cosine {pair['cosine']:.3f}, {pair['kind']}; {pair['advice']}")
     for path in (path for path, weight in zip(args.deltas, weights, strict=True) if weight < 0):
         print(
-            f"{path} is subtracted: the model moves away from this edit, and edits that are similar to it are weakened, "
-            "too, so evaluate them"
+            f"{path} is subtracted: the model moves away from this edit, and edits that are similar to it are "
+            "weakened, too, so evaluate them"
         )
     print(f"merged delta: {out} ({len(merged)} tensors, {size(merged.nbytes)})")
     return 0
