@@ -123,10 +123,10 @@ class ResponseDataModule(LightningDataModule):
             prompts = [record["prompt"] for record in self.records]
             check_reward(self.reward, prompts, [record.get("response", "") for record in self.records])
         callbacks: list[Any] = self.trainer.callbacks if self.trainer is not None else []  # type: ignore[attr-defined]
-        self._check_held_out(callbacks)
         for callback in callbacks:
             if isinstance(callback, ControlMetrics):
                 callback.check_prompts(self, module)
+        self._check_held_out(callbacks)
         with reported_by("ResponseDataModule"):
             if self.trainer is not None:
                 module.language_model.to(self.trainer.strategy.root_device)
