@@ -46,7 +46,10 @@ def check_arguments(component: object, **arguments: tuple[Any, Rule]) -> None:
         except TypeError:
             valid = False
         if not valid:
-            raise EditError(f"{argument} must be {rule.expected}, got {cut(repr(value))}.", component=name)
+            # The bound alone does not say what is wrong with an infinite number.
+            infinite = isinstance(value, float) and math.isinf(value) and rule.expected.startswith(">")
+            expected = f"finite and {rule.expected}" if infinite else rule.expected
+            raise EditError(f"{argument} must be {expected}, got {cut(repr(value))}.", component=name)
 
 
 def cut(text: str, width: int = 300) -> str:

@@ -61,8 +61,8 @@ class ForecastMetrics(EditCallback):
         last_change: the last measured change. None before training.
 
     Raises:
-        EditError: an argument is out of range, the numbers of inputs and targets differ, or an output does not have the
-            shape that its target requires.
+        EditError: an argument is out of range, the numbers of inputs and targets differ, a target is empty or not
+            finite, or an output does not have the shape that its target requires.
 
     References:
         A Multi-Horizon Quantile Recurrent Forecaster, arXiv 1711.11053, for the quantile loss.
@@ -123,6 +123,10 @@ class ForecastMetrics(EditCallback):
     def prepare(self, run: EditRun) -> None:
         self._kept_items = read_model_inputs(self.kept, "kept")
         self._new_items, self._targets = self._read_new()
+        for index, target in enumerate(self._targets):
+            if not target.numel() or not bool(target.isfinite().all()):
+                what = "contain only finite numbers" if target.numel() else f"not be empty, got {tuple(target.shape)}"
+                raise EditError(f"the target for new[0][{index}] must {what}; leave this forward pass out.")
 
     def attach(self, run: EditRun) -> None:
         self._new = ModelOutputs(run, self._new_items, self.output, self.module, "new")

@@ -148,7 +148,7 @@ class OutputAnchor(EditCallback):
 
     def metrics(self, run: EditRun) -> dict[str, float]:
         """Return the unweighted mean distance since the last call, and the size of the stored outputs in bytes."""
-        if not self._count or self._reference is None:
+        if self._reference is None or not self._count:
             return {}
         mean = float(self._sum) / self._count
         self._sum, self._count = torch.zeros(()), 0

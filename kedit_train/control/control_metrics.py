@@ -22,6 +22,11 @@ from kedit_train.errors import EditError, reported_by
 from kedit_train.evaluation.asking.batching import model_device, unwrap_model
 from kedit_train.evaluation.asking.generate import generate_answers
 
+_PROMPTS = Rule(
+    "a list of at least one text",
+    lambda given: not isinstance(given, str) and len(given) > 0 and all(isinstance(prompt, str) for prompt in given),
+)
+
 
 def measure_control(
     model: nn.Module,
@@ -48,7 +53,11 @@ def measure_control(
         ``reward_before`` and ``reward_after`` (mean over the prompts), ``tokens_per_second_before`` and
         ``tokens_per_second_after`` (generated tokens), ``mean_change`` (see ``Control.mean_change``), and the answers
         as ``answers_before`` and ``answers_after``.
+
+    Raises:
+        EditError: there are no prompts, or as for ``controlled``.
     """
+    check_arguments("measure_control", prompts=(prompts, _PROMPTS))
     options: dict[str, Any] = {"stops": (), "max_new_tokens": 64, **(generation or {})}
 
     def ask() -> tuple[list[str], float, float]:

@@ -28,7 +28,7 @@ from kedit_train.core.fingerprint import fingerprint
 from kedit_train.data.chat_format import PROMPT_FORMAT, PromptFormat, check_format, read_format
 from kedit_train.data.prompts import encode_prompts
 from kedit_train.data.tokenization import context_length, pad_token_id
-from kedit_train.errors import EditError, reported_by
+from kedit_train.errors import EditError, reported_by, warn
 from kedit_train.evaluation.asking.batching import unwrap_model
 from kedit_train.evaluation.asking.generate import AnswerEnd
 from kedit_train.owners import claim, release, remove, remove_abandoned
@@ -60,10 +60,12 @@ class ResponseDataModule(LightningDataModule):
             them from there, also with another reward. Files of other runs are kept. None: a temporary folder.
         batch_size: number of responses per training step.
         validation: fraction of the prompts that are held out with all their responses, in [0, 1). If it is not 0 and
-            there are two prompts or more, at least one prompt is held out.
+            there are two different prompts or more, at least one prompt is held out. With one prompt, none is held out,
+            and a warning is issued.
 
     Raises:
         EditError: the file cannot be read, a record has no prompt, or only some of the records have a response.
+            Before the responses are sampled: a callback monitors ``value/validation_error``, but no prompt is held out.
 
     Example:
         >>> from kedit_train.control import ResponseDataModule, ShortAnswer
@@ -124,6 +126,7 @@ class ResponseDataModule(LightningDataModule):
         for callback in callbacks:
             if isinstance(callback, ControlMetrics):
                 callback.check_prompts(self, module)
+        self._check_held_out(callbacks)
         with reported_by("ResponseDataModule"):
             if self.trainer is not None:
                 module.language_model.to(self.trainer.strategy.root_device)
@@ -200,6 +203,24 @@ class ResponseDataModule(LightningDataModule):
             return sample_responses(model, tokenizer, texts, options, self.prompt_format, first=start)
 
         return rows, make
+
+    def _check_held_out(self, callbacks: Sequence[Any]) -> None:
+        """Raise an error if a callback monitors the error on held-out prompts but there are none, otherwise warn."""
+        several = len({record["prompt"] for record in self.records}) > 1
+        if self.validation and several:
+            return
+        for callback in callbacks:
+            if getattr(callback, "monitor", None) == "value/validation_error":
+                raise EditError(
+                    f"{type(callback).__name__} monitors value/validation_error, but no prompt is held out; give at "
+                    "least two different prompts, and validation > 0.",
+                    "ResponseDataModule",
+                )
+        if self.validation:
+            warn(
+                "ResponseDataModule: no prompt is held out, because all prompts are the same; give at least two "
+                "different prompts, or set validation=0."
+            )
 
     def _split(self, prompts: Sequence[str]) -> tuple[list[int], list[int]]:
         """Split the responses by their prompts into training and validation."""

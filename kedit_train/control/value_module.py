@@ -61,8 +61,8 @@ class ValueModule(LightningModule):
         >>> quiet = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
         >>> trainer = L.Trainer(max_epochs=1, enable_model_summary=False, **quiet)
         >>> options = SamplingOptions(samples=2, max_new_tokens=4)
-        >>> module, data = ValueModule("world"), ResponseDataModule(["The"], reward=ShortAnswer(8), sampling=options)
-        >>> trainer.fit(module, data)
+        >>> data = ResponseDataModule(["The", "A"], reward=ShortAnswer(8), sampling=options)
+        >>> trainer.fit(ValueModule("world"), data)
         >>> trainer.global_step
         1
     """

@@ -12,7 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from kedit_train.core.fsdp import full_tensor, reshard
 from kedit_train.core.full_precision import FullPrecision
-from kedit_train.core.gate.guards import check_not_gated_before
+from kedit_train.core.gate.guards import check_not_gated_and_frozen, check_not_gated_before
 from kedit_train.core.host import Host
 from kedit_train.core.interrupted import check_not_interrupted, mark_interrupted
 from kedit_train.core.output_head import OutputHead
@@ -107,6 +107,7 @@ class EditRun(RunState):
                 check_duplicates(joined)
                 run.callbacks = sorted(joined, key=lambda c: (c.order, type(c).__name__, repr(c)))
                 with reported_by(type(callback).__name__):
+                    check_not_gated_and_frozen(run)
                     callback.prepare(run)
             except BaseException:
                 run.close()

@@ -200,6 +200,15 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "numbers differ": ({"new": (INPUTS, TARGETS[:1])}, "one target per forward pass, got 2 inputs and 1 targets"),
     "one target": ({"new": (INPUTS, TARGETS[0])}, r"must be a list with one tensor per forward pass; pass \[targets\]"),
     "no targets": ({"new": (INPUTS, None)}, r"must be a list with one tensor per forward pass; pass \[targets\]"),
+    "an empty target": (
+        {"new": ([torch.zeros(0, 6)], [torch.zeros(0, 3)])},
+        r"the target for new\[0\]\[0\] must not be empty, got \(0, 3\)",
+    ),
+    "NaN in a target": (
+        {"new": (INPUTS, [TARGETS[0], torch.full_like(TARGETS[1], float("nan"))])},
+        r"the target for new\[0\]\[1\] must contain only finite numbers",
+    ),
+    "empty kept inputs": ({"kept": [torch.zeros(0, 4)]}, r"the output for kept\[0\] is empty \(shape \(0, 3\)\)"),
     "shapes differ": (
         {"new": (INPUTS, [target[:, :2] for target in TARGETS])},
         r"the output for new\[0\]\[0\] must have the shape \(5, 2\), because its target .* got \(5, 3\)",

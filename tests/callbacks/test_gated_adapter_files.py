@@ -19,6 +19,7 @@ from kedit_train import EditDataModule, EditDataset, EditModule, EditSFTConfig, 
 from kedit_train.callbacks import (
     GatedAdapter,
     ParameterScope,
+    TokenLoss,
 )
 from kedit_train.cli import recipe, sft
 from kedit_train.cli.kedit import main
@@ -26,6 +27,7 @@ from kedit_train.core.gate.adapter_folder import remove_stale_gate
 from kedit_train.core.gate.gate import Gate, find_gate
 from kedit_train.core.gate.gate_file import read_gate, save_gate
 from kedit_train.errors import EditError
+from kedit_train.modes import TrainLoop
 
 RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "gated.yaml"
 
@@ -218,6 +220,16 @@ def test_a_gated_adapter_or_a_second_adapter_is_not_trained(tmp_path):
         arguments += ["--data.path", str(tmp_path / "edits.jsonl"), "--data.texts", str(tmp_path / "texts.txt")]
         with pytest.raises(EditError, match=message):
             sft.build(recipe.parse([*arguments, *(["--model.lora", "null"] if lora is None else [])]))
+
+
+def test_a_loaded_gated_adapter_is_not_edited_in_a_plain_loop(tmp_path):
+    save(tmp_path / "gated")
+    model, tokenizer = load_model(str(tmp_path / "gated"))
+    edits = EditDataset(world.edits(2))
+    for callbacks in ([GatedAdapter(TEXTS, edits=edits), TokenLoss()], [TokenLoss()]):
+        message = f"^{type(callbacks[0]).__name__}: the model is already gated and cannot be edited again; load the ba"
+        with pytest.raises(EditError, match=message):
+            TrainLoop(tokenizer, callbacks=callbacks, epochs=1)(model, edits)
 
 
 def test_a_gate_that_cannot_be_read_is_an_error(tmp_path):

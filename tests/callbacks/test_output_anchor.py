@@ -304,3 +304,8 @@ def test_a_budget_adapts_the_weight():
     assert 0.02 < change < 0.055
     assert history[-1]["edit/locality/budget_kl"] == pytest.approx(change, rel=0.05)
     assert budget.weight > 0.3
+
+
+def test_there_are_no_metrics_before_the_first_step():
+    with editing(made(), [OutputAnchor(KEPT)]) as edit:
+        assert not [name for name in edit.run.collect() if name.startswith("edit/locality")]

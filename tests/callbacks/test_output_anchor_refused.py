@@ -46,6 +46,14 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str]] = {
     ),
     "a wrong name": (lambda: made(output="object"), {"output": "mean"}, r"got NoneType \(the output has loss, fo"),
     "a wrong index": (lambda: made(output="tuple"), {"output": 2}, r"got NoneType \(the output is a tuple of 2\)"),
+    "an empty tensor": (made, {"inputs": [torch.zeros(0, 6)]}, r"output for inputs\[0\] is empty \(shape \(0, 3\)\)"),
+    "a function that fails": (
+        made,
+        {"output": lambda output: output.forecast},
+        r"the function output= failed for the output of Forecaster for inputs\[0\] \(AttributeError: .*'forecast'",
+    ),
+    "an index of a tensor": (made, {"output": 0}, "output must be None or a function, .* is a tensor, got 0; leave "),
+    "a name in a tensor": (made, {"output": "p"}, "output must be None or a function, .* is a tensor, got 'p'; leave "),
     "integers": (made, {"output": lambda output: output.long()}, "got a tensor of torch.int64"),
     "NaN": (made, {"inputs": [torch.full((2, 6), float("nan"))]}, r"inputs\[0\] contains NaN or infinite values"),
     "no module": (
@@ -57,6 +65,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str]] = {
     "no gradient": (Detached, {}, "the output has no gradient with respect to the parameters in scope"),
     "distance": (made, {"distance": "mae"}, 'distance must be "mse", "quantile" or "kl", got \'mae\''),
     "weight": (made, {"weight": -1.0}, "weight must be >= 0, got -1.0"),
+    "an infinite weight": (made, {"weight": float("inf")}, "weight must be finite and >= 0, got inf"),
     "batch_size": (made, {"batch_size": 0}, "batch_size must be an integer >= 1, got 0"),
     "output": (made, {"output": 1.5}, "output must be a name, an index, a function of the output, or None, got 1.5"),
 }

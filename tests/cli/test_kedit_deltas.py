@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from kedit_train import EditDelta, EditError, load_model, world
+from kedit_train.cli.kedit import merge
 from kedit_train.cli.kedit.heat_map import _blocks, heat_map
 from kedit_train.delta.tensor_change import Change
 
@@ -221,6 +222,36 @@ def test_merge_scales_negates_and_adds(kedit: Kedit, edited_world: Path, tmp_pat
     words = ("merge", delta, tmp_path / "back.safetensors", "--method", "dare", "--density", 0.5, "--seed", 3)
     assert kedit(*words, "-o", tmp_path / "sum.safetensors", "--force")[0] == 0
     assert EditDelta.load(tmp_path / "sum.safetensors").meta["configuration"]["seed"] == 3
+
+
+@pytest.mark.parametrize(
+    ("weights", "advice", "subtracted"),
+    [
+        (["1", "-1"], "similar; the subtraction is likely to weaken the edit that is added, too", 1),
+        (["-1", "-1"], "similar; both are subtracted", 2),
+        (["1", "0"], "similar; a delta with weight 0 has no effect", 0),
+        (["1", "1"], "similar; the sum is likely to contain both edits if they agree", 0),
+        (["-1"], "is subtracted: the model moves away from this edit", 1),
+    ],
+)
+def test_merge_says_what_a_negative_weight_does(
+    weights: list[str], advice: str, subtracted: int, kedit: Kedit, edited_world: Path, tmp_path: Path
+) -> None:
+    words = ["merge", *[edited_world / "edit.safetensors"] * len(weights), "--weights", *weights]
+    code, output, _ = kedit(*words, "-o", tmp_path / "new.safetensors")
+    assert (code, advice in output, output.count(" is subtracted: ")) == (0, True, subtracted)
+    assert "the sum" not in output or subtracted == 0
+
+
+@pytest.mark.parametrize(
+    ("cosine", "kind"), [(0.0, "irrelevant"), (0.1, "irrelevant"), (0.11, "similar"), (-0.11, "opposite")]
+)
+def test_a_difference_is_not_called_a_sum(cosine: float, kind: str) -> None:
+    plus, minus = merge._relation(cosine, 0.5, 2.0), merge._relation(cosine, 1.0, -1.0)
+    assert (plus["kind"], minus["kind"]) == (kind, kind)
+    assert (plus["add"], minus["add"]) == (kind == "irrelevant", False)
+    assert "sum" in plus["advice"]
+    assert "sum" not in minus["advice"]
 
 
 @pytest.mark.parametrize(

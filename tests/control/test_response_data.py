@@ -7,12 +7,14 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import EarlyStopping
 
 from kedit_train import world
 from kedit_train.control import (
@@ -164,6 +166,25 @@ def test_at_least_one_prompt_is_held_out() -> None:
     assert not data.validation_indices
 
 
+@pytest.mark.usefixtures("no_sampling")
+@pytest.mark.parametrize("options", [{"prompts": ["The", "The"]}, {"validation": 0.0}])
+def test_a_monitored_error_without_held_out_prompts_is_an_error(options: dict[str, Any]) -> None:
+    stop = EarlyStopping("value/validation_error")
+    message = r"^ResponseDataModule: EarlyStopping monitors value/validation_error, but no prompt is held out; give at "
+    with pytest.raises(EditError, match=message):
+        trainer(callbacks=[stop]).fit(ValueModule(width=8), data_module(**options))
+
+
+def test_a_single_prompt_is_trained_with_a_warning() -> None:
+    data = data_module(prompts=["The", "The"])
+    with pytest.warns(UserWarning, match="no prompt is held out, because all prompts are the same"):
+        trainer().fit(ValueModule(width=8), data)
+    assert not data.validation_indices
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*held out")
+        trainer().fit(ValueModule(width=8), data_module(prompts=["The"], validation=0.0))
+
+
 def needs_answers(prompts: Any, completions: Any, answers: Any) -> list[float]:
     return [float(a == b) for a, b in zip(completions, answers, strict=True)]
 
@@ -219,7 +240,7 @@ def test_a_model_with_logits_or_states_that_are_not_finite_is_refused() -> None:
     with pytest.raises(DivergedError, match="NaN logits after"):
         trainer().fit(broken(), data_module())
     with pytest.raises(EditError, match=r"the hidden states of the model \(layer head\) must be finite"):
-        trainer().fit(broken(), data_module(prompts=[{"prompt": "The", "response": "sky"}]))
+        trainer().fit(broken(), data_module(prompts=[{"prompt": "The", "response": "sky"}], validation=0.0))
 
 
 def test_the_value_function_is_saved_before_the_metrics_are_measured(
@@ -241,7 +262,7 @@ def test_the_number_of_a_record_is_its_number_in_the_file(monkeypatch: pytest.Mo
     monkeypatch.setattr("kedit_train.control.response_data._CHUNK", 2)
     records = [{"prompt": "The", "response": "sky"}] * 4 + [{"prompt": "The", "response": LONG}]
     with pytest.raises(EditError, match="response 5: "):
-        trainer().fit(ValueModule(width=8), data_module(prompts=records))
+        trainer().fit(ValueModule(width=8), data_module(prompts=records, validation=0.0))
 
 
 def test_equal_states_are_not_scaled() -> None:
@@ -266,6 +287,14 @@ def test_an_answer_is_generated_before_the_clock_starts(monkeypatch: pytest.Monk
     value = ValueModel(["head"], hidden_size=model.config.hidden_size, width=8)
     measure_control(model, tokenizer, value, ["The", "A"], ShortAnswer(8), step_size=0.0)
     assert events == [["The"], "clock", ["The", "A"], "clock"] * 2
+
+
+@pytest.mark.parametrize("prompts", [[], "The", [3]])
+def test_measure_control_needs_prompts(prompts: Any) -> None:
+    model, tokenizer = world.load()
+    value = ValueModel(["head"], hidden_size=model.config.hidden_size, width=8)
+    with pytest.raises(EditError, match=r"^measure_control: prompts must be a list of at least one text, got "):
+        measure_control(model, tokenizer, value, prompts, ShortAnswer(8), step_size=1.0)
 
 
 def test_equal_prompts_are_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:

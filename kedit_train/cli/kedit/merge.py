@@ -18,7 +18,8 @@ examples:
   kedit merge a.safetensors --weights -1 -o forget.safetensors        away from the edit
 
 For each pair of deltas, the command prints the cosine between their weight changes. The cosine suggests whether the sum
-of two deltas contains both edits (arXiv 2504.10957). Use kedit eval to measure the merged delta.
+of two deltas contains both edits (arXiv 2504.10957). A delta with a negative weight is subtracted: the model moves away
+from its edit, and edits that are similar to it are weakened, too. Use kedit eval to measure the merged delta.
 """
 
 ADVICE = {
@@ -28,6 +29,12 @@ ADVICE = {
         "prompts, so evaluate it"
     ),
     "opposite": "the sum may lose an edit, so evaluate it",
+}
+# If one of the two deltas is subtracted.
+DIFFERENCE_ADVICE = {
+    "irrelevant": "the difference is likely to contain the edit that is added",
+    "similar": "the subtraction is likely to weaken the edit that is added, too, so evaluate it",
+    "opposite": "the difference is likely to contain the edit that is added, but changes more, so evaluate it",
 }
 
 
@@ -65,21 +72,30 @@ def run(args: Namespace) -> int:
     merged = vector.delta(configuration=settings)
     merged.save(out)
     relations = [
-        {"deltas": [path, other_path], **_relation(delta.vector().cosine(other))}
-        for (path, delta), (other_path, other) in combinations(zip(args.deltas, deltas, strict=True), 2)
+        {"deltas": [path, other_path], **_relation(delta.vector().cosine(other), weight, other_weight)}
+        for (path, delta, weight), (other_path, other, other_weight) in combinations(
+            zip(args.deltas, deltas, weights, strict=True), 2
+        )
     ]
     if args.json:
         about = {"out": str(out), "tensors": len(merged), "bytes": merged.nbytes}
         print_json({**about, **settings, "relations": relations})
         return 0
     for pair in relations:
-        print(f"{' and '.join(pair['deltas'])}: cosine {pair['cosine']:.3f}, {pair['kind']}; {ADVICE[pair['kind']]}")
+        print(f"{' and '.join(pair['deltas'])}: cosine {pair['cosine']:.3f}, {pair['kind']}; {pair['advice']}")
+    for path in (path for path, weight in zip(args.deltas, weights, strict=True) if weight < 0):
+        print(
+            f"{path} is subtracted: the model moves away from this edit, and edits that are similar to it are "
+            "weakened, too, so evaluate them"
+        )
     print(f"merged delta: {out} ({len(merged)} tensors, {size(merged.nbytes)})")
     return 0
 
 
-def _relation(cosine: float) -> dict[str, Any]:
-    """Classify two deltas by their cosine, and return whether adding the deltas is likely to work.
+def _relation(cosine: float, weight: float, other_weight: float) -> dict[str, Any]:
+    """Classify two deltas by their cosine, and return whether their merge is likely to contain both edits.
+
+    ``add`` is True only if both weights are positive, because a delta with a negative weight is subtracted.
 
     The classes are "irrelevant" (cosine from -0.1 to 0.1), "similar" (above 0.1) and "opposite" (below -0.1). A small
     cosine counts as irrelevant, because the cosine of two random directions in n dimensions is typically about
@@ -89,4 +105,11 @@ def _relation(cosine: float) -> dict[str, Any]:
     prompts also have such a cosine, because they change the same layer inputs.
     """
     kind = "irrelevant" if abs(cosine) <= 0.1 else "similar" if cosine > 0 else "opposite"
-    return {"cosine": cosine, "kind": kind, "add": kind == "irrelevant"}
+    both = weight > 0 and other_weight > 0
+    if both:
+        advice = ADVICE[kind]
+    elif weight * other_weight < 0:
+        advice = DIFFERENCE_ADVICE[kind]
+    else:
+        advice = "both are subtracted" if weight < 0 and other_weight < 0 else "a delta with weight 0 has no effect"
+    return {"cosine": cosine, "kind": kind, "add": both and kind == "irrelevant", "advice": advice}

@@ -19,6 +19,8 @@ from kedit_train.evaluation_mode import evaluation_mode
 GATE = "_kedit_gate"
 # The methods of the LoRA model that merge or remove the adapter.
 _MERGING = ("merge_adapter", "merge_and_unload", "unload")
+# The method of both models that removes an adapter by its name.
+_DELETE = "delete_adapter"
 # The method of the LoRA model in which PEFT adds the hooks that adapter_names= needs.
 _NAMES = "_enable_peft_forward_hooks"
 NO_NAMES = "adapter_names= cannot be used with a gate, which selects the rows itself; leave it out."
@@ -42,6 +44,18 @@ def check_not_gated_before(run: RunState) -> None:
     """
     if not run.host.resumed and find_gate(run.model) is not None:
         raise EditError(ALREADY_GATED, component=type(run.callbacks[0]).__name__)
+
+
+def check_not_gated_and_frozen(run: RunState) -> None:
+    """Check that the model is not a loaded gated adapter. Its optimizer would get no parameters.
+
+    An interrupted run leaves a gate, too, but its adapter can be trained.
+
+    Raises:
+        EditError: the model has a gate, and none of its parameters requires gradients.
+    """
+    if find_gate(run.model) is not None and not any(p.requires_grad for p in run.model.parameters()):
+        raise EditError(ALREADY_GATED)
 
 
 @torch.no_grad()
@@ -89,7 +103,7 @@ def check_switches(gate: Any, adapted: AdaptedLayers) -> None:
 def guard(model: Any) -> None:
     """Let a gated model save its gate together with the adapter, and raise an error for what a gate cannot do.
 
-    The errors are for merging the adapter, for a second adapter, and for ``adapter_names=``.
+    The errors are for merging or deleting the adapter, for a second adapter, and for ``adapter_names=``.
 
     Args:
         model: a ``PeftModel`` with a gate. :func:`unguard` removes what this function adds to it.
@@ -98,15 +112,16 @@ def guard(model: Any) -> None:
     for name in _MERGING:
         model.base_model.__dict__[name] = _refuse_merging
     model.__dict__["add_adapter"] = _refuse_second_adapter
+    model.__dict__[_DELETE] = model.base_model.__dict__[_DELETE] = _refuse_deleting
     if hasattr(model.base_model, _NAMES):
         model.base_model.__dict__[_NAMES] = partial(_hooks_without_names, model.base_model)
 
 
 def unguard(model: Any) -> None:
     """Remove what :func:`guard` added to a model."""
-    for name in ("save_pretrained", "add_adapter"):
+    for name in ("save_pretrained", "add_adapter", _DELETE):
         model.__dict__.pop(name, None)
-    for name in (*_MERGING, _NAMES):
+    for name in (*_MERGING, _DELETE, _NAMES):
         model.base_model.__dict__.pop(name, None)
 
 
@@ -127,6 +142,13 @@ def _hooks_without_names(model: Any, *args: Any, **kwargs: Any) -> Any:
 
 def _refuse_second_adapter(*args: Any, **kwargs: Any) -> None:
     raise EditError("a gated model has exactly one adapter; load the base model again for another adapter.")
+
+
+def _refuse_deleting(*args: Any, **kwargs: Any) -> None:
+    raise EditError(
+        "the adapter of a gated model cannot be deleted, because its gate would stay; remove the gate first "
+        "(GatedAdapter.gate.remove()), or load the base model again."
+    )
 
 
 def _refuse_merging(*args: Any, **kwargs: Any) -> None:

@@ -72,7 +72,8 @@ class ModelOutputs:
         """Return the output for each item on the CPU.
 
         Raises:
-            EditError: the model cannot be called with an item, or its output contains NaN or infinite values.
+            EditError: the model cannot be called with an item, or its output is empty or contains NaN or infinite
+                values.
         """
         return [self._checked(index) for index in range(len(self.items))]
 
@@ -87,6 +88,11 @@ class ModelOutputs:
                 f"{type(self.module).__name__} cannot be called with {self.argument}[{index}] ({reason}); pass "
                 "keyword arguments as a dict and positional arguments as a tuple, or set module= to another module."
             ) from error
+        if not value.numel():
+            raise EditError(
+                f"the output for {self.argument}[{index}] is empty (shape {tuple(value.shape)}); leave this item out, "
+                "or select another tensor with output=."
+            )
         if not bool(value.isfinite().all()):
             raise EditError(
                 f"the output for {self.argument}[{index}] contains NaN or infinite values before training; leave this "
@@ -98,7 +104,11 @@ class ModelOutputs:
         kind = f"output of {type(self.module).__name__} for {self.argument}[{index}]"
         wanted = self.output
         if callable(wanted):
-            chosen = wanted(value)
+            try:
+                chosen = wanted(value)
+            except Exception as error:
+                reason = " ".join(f"{type(error).__name__}: {error}".split())[:120]
+                raise EditError(f"the function output= failed for the {kind} ({reason}); correct it.") from error
         elif wanted is None:
             chosen = value
         elif isinstance(wanted, int):
@@ -112,6 +122,10 @@ class ModelOutputs:
             got += f" (the output has {', '.join(map(str, value))})"
         elif isinstance(value, tuple | list):
             got += f" (the output is a tuple of {len(value)})"
+        elif isinstance(value, Tensor) and chosen is None:
+            raise EditError(
+                f"output must be None or a function, because the {kind} is a tensor, got {wanted!r}; leave output out."
+            )
         raise EditError(
             f"output must select a tensor of floats from the {kind}, got {got}; set output= to a name, an index or a "
             "function of the output."

@@ -194,6 +194,21 @@ def test_adapter_names_and_a_second_adapter_are_refused_and_the_model_stays_usab
     assert torch.equal(bits(logits(model)), bits(own))
 
 
+def test_the_adapter_is_not_deleted_until_the_gate_is_removed(tiny):
+    base = tiny("llama", num_hidden_layers=3).eval()
+    model = adapted(copy.deepcopy(base))
+    gate = gate_for(base)
+    gate.install(model)
+    own = logits(model)
+    for delete in (model.delete_adapter, model.base_model.delete_adapter):
+        with pytest.raises(EditError, match=r"the adapter of a gated model cannot be deleted.*; remove the gate"):
+            delete("default")
+    assert torch.equal(bits(logits(model)), bits(own))
+    gate.remove()
+    model.delete_adapter("default")
+    assert not model.peft_config
+
+
 def test_another_kind_of_adapter_is_refused(tiny):
     model = get_peft_model(tiny("llama"), PrefixTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"))
     with pytest.raises(EditError, match=r"^a gate needs a LoRA adapter, got PREFIX_TUNING; use LoraConfig"):
