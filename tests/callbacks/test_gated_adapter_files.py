@@ -188,6 +188,7 @@ def test_only_the_main_process_of_a_recipe_in_trl_touches_the_gate_file(tmp_path
     for model in (adapted(world.load()[0]), save(tmp_path / "new")):
         trainer = SimpleNamespace(
             model=model,
+            callback_handler=SimpleNamespace(callbacks=[]),
             args=SimpleNamespace(world_size=1),
             train=lambda: None,
             save_model=lambda path: None,
@@ -267,7 +268,7 @@ def test_a_model_without_a_name_cannot_be_saved_as_an_adapter(tmp_path):
     model.config._name_or_path = model.name_or_path = ""
     edits = EditDataset(world.edits(2))
     gated = GatedAdapter(TEXTS, edits=edits, path=str(tmp_path / "new"))
-    with pytest.raises(EditError, match=r"^GatedAdapter: path= saves .* was not loaded from a folder or the hub"):
+    with pytest.raises(EditError, match=r"^GatedAdapter: path= stores .* was not loaded from a folder or the hub"):
         train(adapted(model), tokenizer, edits, [gated], 1)
     train(adapted(world.load()[0]), tokenizer, edits, [GatedAdapter(TEXTS, edits=edits)], 1)
 

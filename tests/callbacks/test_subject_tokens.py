@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kedit_train import EditDataset, world
-from kedit_train.callbacks import KLLocality, ParameterScope, PrefixCache, SubjectTokens, TokenLoss, editing
+from kedit_train.callbacks import KLLocality, ParameterScope, PrefixCache, SubjectTokens, Texts, TokenLoss, editing
 from kedit_train.core.scope.subject_positions import SubjectPositions
 from kedit_train.data import Edit
 from kedit_train.errors import EditError
@@ -130,7 +130,7 @@ def test_penalties_on_texts_are_trained_at_all_tokens(loaded, edits):
         model = world.load()[0]
         # The prompts of the edits are among the texts, so their subjects are found if they are searched for.
         texts = [f"{edit.prompt} nothing else." for edit in edits]
-        locality = KLLocality(texts, weight=5.0, batch_size=4, keep_leaks=True)
+        locality = KLLocality(Texts(texts, keep_leaks=True), weight=5.0, batch_size=4)
         callbacks = [ParameterScope(0.6, modules=SCOPE), locality, *callbacks]
         with editing(model, callbacks, tokenizer=loaded[1], edits=edits) as run:
             (weight,) = run.parameters()

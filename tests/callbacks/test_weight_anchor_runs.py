@@ -22,7 +22,8 @@ def pull_once(model: nn.Module, anchor: WeightAnchor) -> None:
     with editing(model, [anchor]) as edit:
         edit.before_step()
         optimizer = torch.optim.SGD(edit.parameters(), lr=1.0)
-        sum(0.0 * p.sum() for p in edit.parameters()).backward()
+        # A loss without any gradient would be an error.
+        sum(1e-30 * p.sum() for p in edit.parameters()).backward()
         optimizer.step()
 
 
