@@ -278,6 +278,21 @@ def test_a_wrong_reward_is_an_error_before_the_first_step(reward: Any, message: 
         trainer().fit(ValueModule(width=8), data)
 
 
+def test_the_metrics_control_only_the_given_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = []
+
+    def measure(*args: Any, **options: Any) -> dict[str, Any]:
+        given.append(options["layers"])
+        names = ("reward_before", "reward_after", "tokens_per_second_before", "tokens_per_second_after")
+        return dict.fromkeys(names, 0.0)
+
+    monkeypatch.setattr("kedit_train.control.control_metrics.measure_control", measure)
+    data = ResponseDataModule(PROMPTS[:3], reward=ShortAnswer(8), sampling=SHORT)
+    metrics = ControlMetrics(PROMPTS[5:], step_size=1.0, layers=[0])
+    trainer(callbacks=[metrics]).fit(ValueModule(layers=[0, "head"], width=8), data)
+    assert given == [[0]]
+
+
 def test_a_trained_prompt_is_not_measured() -> None:
     data = ResponseDataModule(PROMPTS, reward=ShortAnswer(), sampling=SHORT)
     with pytest.raises(EditError, match="ControlMetrics: prompts must not be trained on, but 'The' is"):
