@@ -11,9 +11,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
 from kedit_train.arguments import Rule, at_least, check_arguments, integer_from
-from kedit_train.control.controlled import controlled
+from kedit_train.control.controlled import controlled, find_value_sites
 from kedit_train.control.records import read_records
 from kedit_train.control.rewards import check_reward, compute_rewards
+from kedit_train.control.sites import Layer
 from kedit_train.control.value import ValueModel
 from kedit_train.data.chat_format import PromptFormat
 from kedit_train.data.prompts import encode_prompts
@@ -98,13 +99,14 @@ class ControlMetrics(Callback):
         step_size: as for :func:`~kedit_train.control.controlled`.
         steps: as for ``controlled``.
         radius: as for ``controlled``.
+        layers: as for ``controlled``.
         first_token: as for ``controlled``.
         max_new_tokens: maximum length of an answer, in tokens.
         batch_size: number of prompts per forward pass.
 
     Raises:
         EditError: an argument is out of range, or, before training, a prompt is also trained on, is too long, or cannot
-            be scored.
+            be scored, or a layer has no value function.
 
     Example:
         >>> from kedit_train.control import ControlMetrics
@@ -119,6 +121,7 @@ class ControlMetrics(Callback):
         step_size: float,
         steps: int = 1,
         radius: float = 0.1,
+        layers: Sequence[Layer] | None = None,
         first_token: bool = False,
         max_new_tokens: int = 64,
         batch_size: int = 16,
@@ -137,6 +140,7 @@ class ControlMetrics(Callback):
         self.step_size = step_size
         self.steps = steps
         self.radius = radius
+        self.layers = layers
         self.first_token = first_token
         self.max_new_tokens = max_new_tokens
         self.batch_size = batch_size
@@ -158,7 +162,8 @@ class ControlMetrics(Callback):
             module: the :class:`ValueModule`.
 
         Raises:
-            EditError: a prompt is trained on, is too long, or cannot be scored by the reward.
+            EditError: a prompt is trained on, is too long, or cannot be scored by the reward, or a layer has no value
+                function.
         """
         trained = {record["prompt"] for record in data.records}
         with reported_by("ControlMetrics"):
@@ -168,6 +173,7 @@ class ControlMetrics(Callback):
                 )
             context = context_length(unwrap_model(module.language_model).config)
             encode_prompts(module.tokenizer, self.prompts, context, data.prompt_format)
+            find_value_sites(module.language_model, module.value, self.layers)
             check_reward(data.reward, self.prompts, [""] * len(self.prompts))
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -190,6 +196,7 @@ class ControlMetrics(Callback):
             step_size=self.step_size,
             steps=self.steps,
             radius=self.radius,
+            layers=self.layers,
             first_token=self.first_token,
         )
         numbers = {f"control/{key}": value for key, value in self.result.items() if isinstance(value, float)}

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from kedit_train.arguments import Rule, at_least, check_arguments, integer_from
 from kedit_train.control.positions import GeneratedPositions
-from kedit_train.control.sites import Layer, Site, causal_model, find_sites, hidden_size
+from kedit_train.control.sites import HEAD, Layer, Site, causal_model, find_sites, hidden_size
 from kedit_train.control.value import ValueModel, describe_model
+from kedit_train.core.scope.scope import find_layers
 from kedit_train.errors import EditError, reported_by, warn
 from kedit_train.evaluation.asking.logits import accepts_argument
 from kedit_train.functional.gradient_control import ascend
@@ -147,13 +148,17 @@ def controlled(
         yield control
 
 
-def _sites(model: nn.Module, value: ValueModel, layers: Sequence[Layer] | None) -> list[Site]:
-    """Return the sites to control, after all checks."""
-    inner = causal_model(model)
-    if not accepts_argument(inner, "past_key_values"):
+def find_value_sites(model: nn.Module, value: ValueModel, layers: Sequence[Layer] | None) -> list[Site]:
+    """Return the sites of the given layers, or of all layers of the value function.
+
+    Raises:
+        EditError: a layer does not exist, or has no value function.
+    """
+    indices = [int(name) for name in value.layers if name != HEAD]
+    if layers is None and indices and max(indices) >= (depth := find_layers(causal_model(model))[1]):
         raise EditError(
-            f"{type(inner).__name__}.forward must have the argument past_key_values, which shows whether a pass reads "
-            "a prompt; use a model with the default key-value cache of transformers."
+            f"value was trained on another model: it has a value function for layer {max(indices)}, but this model has "
+            f"{depth} layers; use the model that the value function was trained for."
         )
     sites = find_sites(model, value.layers if layers is None else layers)
     for site in sites:
@@ -162,6 +167,18 @@ def _sites(model: nn.Module, value: ValueModel, layers: Sequence[Layer] | None) 
                 f"layers must be layers of the value function ({', '.join(value.layers)}), got {site.name}; train a "
                 "value function for this layer."
             )
+    return sites
+
+
+def _sites(model: nn.Module, value: ValueModel, layers: Sequence[Layer] | None) -> list[Site]:
+    """Return the sites to control, after all checks."""
+    inner = causal_model(model)
+    if not accepts_argument(inner, "past_key_values"):
+        raise EditError(
+            f"{type(inner).__name__}.forward must have the argument past_key_values, which shows whether a pass reads "
+            "a prompt; use a model with the default key-value cache of transformers."
+        )
+    sites = find_value_sites(model, value, layers)
     if hidden_size(model) != value.hidden_size:
         raise EditError(
             f"value must be trained on hidden states of size {hidden_size(model)}, got {value.hidden_size}; use the "

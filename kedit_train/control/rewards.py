@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -90,7 +90,12 @@ class FactReward(Reward):
     """
 
     def __init__(self, edits: str | Path | Sequence[Edit]) -> None:
-        loaded = EditDataset.load(edits) if isinstance(edits, str | Path) else list(edits)
+        if isinstance(edits, str | Path):
+            loaded: list[Edit] = list(EditDataset.load(edits))
+        else:
+            loaded = list(edits) if isinstance(edits, Iterable) else [edits]
+        if wrong := [edit for edit in loaded if not isinstance(edit, Edit)]:
+            raise EditError(f"edits must be a file or a list of Edit, got {cut(repr(wrong[0]), 80)}.", "FactReward")
         if not loaded:
             raise EditError("edits must not be empty.", "FactReward")
         self._good: dict[str, tuple[str, ...]] = {}

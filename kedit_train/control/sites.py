@@ -74,7 +74,10 @@ def find_sites(model: nn.Module, layers: Sequence[Layer]) -> list[Site]:
         EditError: a layer does not exist or is given twice, no layer is given, or the model has no stack of layers.
     """
     if isinstance(layers, str) or not isinstance(layers, Sequence) or not layers:
-        raise EditError(f'layers must be a list of layer indices or "head", got {cut(repr(layers))}.')
+        raise EditError(
+            f'layers must be a list of layer indices or "head", got {cut(repr(layers), 60)}; pass a list, for example '
+            '["head"] or [3, 5].'
+        )
     inner = causal_model(model)
     sites = []
     for layer in layers:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,14 +11,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kedit_train.arguments import check_arguments, integer_from
-from kedit_train.control.sites import causal_model
+from kedit_train.arguments import Rule, check_arguments, integer_from
+from kedit_train.control.sites import HEAD, causal_model
 from kedit_train.core.fingerprint import sample_fingerprint
 from kedit_train.errors import EditError, reported_by
 from kedit_train.functional.precision import full_precision
 from kedit_train.safetensors_file import load_tensors, save_tensors
 
 KIND = "kedit_train.value"
+_LAYERS = Rule(
+    'a list of different layers, each "head" or the index of a layer as text',
+    lambda given: (
+        not isinstance(given, str)
+        and 0 < len(given) == len({str(layer) for layer in given})
+        and all(str(layer) == HEAD or re.fullmatch("[0-9]+", str(layer)) for layer in given)
+    ),
+)
 
 
 class _Network(nn.Module):
@@ -49,6 +58,9 @@ class ValueModel(nn.Module):
     Attributes:
         trained_on: the language model and the prompt format of the training, as JSON values. Empty before training.
 
+    Raises:
+        EditError: an argument is out of range, or a layer has another name or is given twice.
+
     Example:
         >>> value = ValueModel(["head"], hidden_size=4, width=8)
         >>> value.at("head", torch.zeros(2, 3, 4)).shape
@@ -57,7 +69,12 @@ class ValueModel(nn.Module):
 
     def __init__(self, layers: Sequence[str], *, hidden_size: int, width: int = 512) -> None:
         super().__init__()
-        check_arguments(self, hidden_size=(hidden_size, integer_from(1)), width=(width, integer_from(1)))
+        check_arguments(
+            self,
+            layers=(layers, _LAYERS),
+            hidden_size=(hidden_size, integer_from(1)),
+            width=(width, integer_from(1)),
+        )
         self.layers: tuple[str, ...] = tuple(str(layer) for layer in layers)
         self.hidden_size = hidden_size
         self.width = width

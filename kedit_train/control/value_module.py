@@ -32,8 +32,8 @@ class ValueModule(LightningModule):
 
     Args:
         name: a hub name, a folder, or "world" for the bundled model.
-        layers: the layers whose hidden states get a value function: indices of layers, or "head" for the input of the
-            output head.
+        layers: the layers whose hidden states get a value function, a list: indices of layers, or "head" for the input
+            of the output head.
         width: number of units in the hidden layer of each value function.
         learning_rate: the learning rate of Adam, > 0.
         trace: lambda of the lambda-return, in [0, 1]. 0 is TD(0), as in the paper, and needs many epochs for long
@@ -98,7 +98,7 @@ class ValueModule(LightningModule):
                 check_writable(save_path)
             self.tokenizer: Any
             model, self.tokenizer = load_model(name, dtype=dtype)
-            names = [site.name for site in find_sites(model, list(layers))]
+            names = [site.name for site in find_sites(model, layers)]
         # The model is not registered as a submodule, so it is neither trained nor written to checkpoints.
         self.__dict__["language_model"] = model.requires_grad_(False).eval()
         self.value: ValueModel = ValueModel(names, hidden_size=hidden_size(model), width=width)

@@ -264,7 +264,10 @@ def test_a_peft_model_is_controlled_as_its_base_model(value: ValueModel) -> None
         ({"step_size": 1, "radius": float("nan")}, "controlled: radius must be >= 0, got nan."),
         ({"step_size": 1, "layers": [0]}, "controlled: layers must be layers of the value function (head, 1), got 0"),
         ({"step_size": 1, "layers": [3]}, 'controlled: layers must contain "head" or indices from -3 to 2, got 3.'),
-        ({"step_size": 1, "layers": "head"}, "layers must be a list of layer indices or \"head\", got 'head'."),
+        (
+            {"step_size": 1, "layers": "head"},
+            "layers must be a list of layer indices or \"head\", got 'head'; pass a list, for example",
+        ),
         ({"step_size": 1, "layers": [1, -2]}, "controlled: layers must be different from each other, got [1, -2]."),
         ({"step_size": 1, "first_token": 1}, "controlled: first_token must be True or False, got 1."),
     ],
@@ -284,6 +287,19 @@ def test_a_value_function_of_another_model_and_something_else_are_refused() -> N
     wrong: Any = torch.nn.Linear(2, 2)
     with pytest.raises(EditError, match="value must be a ValueModel"), controlled(build(), wrong, step_size=1):
         pass
+
+
+def test_a_value_function_of_a_deeper_model_is_named_as_the_cause() -> None:
+    deeper = ValueModel(["head", "15"], hidden_size=16)
+    message = "^controlled: value was trained on another model: .* for layer 15, but this model has 3 layers; use the "
+    with pytest.raises(EditError, match=message), controlled(build(), deeper, step_size=1):
+        pass
+
+
+@pytest.mark.parametrize("layers", [[], "head", ["a.b"], ["head", "head"], ["-1"], None, 2])
+def test_the_layers_of_a_value_function_are_checked(layers: Any) -> None:
+    with pytest.raises(EditError, match=r"^ValueModel: layers must be a list of different layers, each .head. or the "):
+        ValueModel(layers, hidden_size=4)
 
 
 def test_two_plain_passes_are_two_prompts(value: ValueModel) -> None:

@@ -198,6 +198,11 @@ def needs_answers(prompts: Any, completions: Any, answers: Any) -> list[float]:
         ({"reward": FactReward(world.edits(1))}, [], "FactReward: the prompt 'The' must be a prompt, a rephrase"),
         ({"cache_dir": os.devnull + "/states"}, [], "because /dev/null is not a folder; change the path."),
         ({}, [ControlMetrics(["The"], step_size=1)], "ControlMetrics: prompts must not be trained on, but 'The' is"),
+        (
+            {},
+            [ControlMetrics(["A"], step_size=1, layers=[0])],
+            "ControlMetrics: layers must be layers of the value function (head), got 0",
+        ),
         ({}, [ControlMetrics([LONG], step_size=1)], "ControlMetrics: the prompt 'word word"),
         (
             {"prompts": [world.edits(1)[0].prompt], "reward": FactReward(world.edits(1))},

@@ -232,7 +232,14 @@ def test_records_are_read_from_files(tmp_path: Path) -> None:
     [
         (lambda: ValueModule(trace=2), "ValueModule: trace must be in [0, 1], got 2."),
         (lambda: ValueModule(layers=[9]), 'ValueModule: layers must contain "head" or indices from'),
-        (lambda: ValueModule(layers=[]), 'ValueModule: layers must be a list of layer indices or "head", got [].'),
+        (
+            lambda: ValueModule(layers=[]),
+            'ValueModule: layers must be a list of layer indices or "head", got []; pass a list, ',
+        ),
+        (lambda: ValueModule(layers=2), 'layers must be a list of layer indices or "head", got 2; pass a list, '),  # type: ignore[arg-type]
+        (lambda: ValueModule(layers="head"), "got 'head'; pass a list, for example [\"head\"] or [3, 5]."),
+        (lambda: FactReward(None), "FactReward: edits must be a file or a list of Edit, got None."),  # type: ignore[arg-type]
+        (lambda: FactReward([3]), "FactReward: edits must be a file or a list of Edit, got 3."),  # type: ignore[list-item]
         (lambda: ValueModule(learning_rate=0), "ValueModule: learning_rate must be > 0, got 0."),
         (lambda: ValueModule(save_path="a.pt"), "ValueModule: save_path must be a path that ends in .safetensors"),
         (lambda: ResponseDataModule([], reward=ShortAnswer()), "prompts must be a file or a non-empty list, got []."),
@@ -269,6 +276,21 @@ def test_a_wrong_reward_is_an_error_before_the_first_step(reward: Any, message: 
     data = ResponseDataModule(records(1), reward=reward)
     with pytest.raises(EditError, match=message):
         trainer().fit(ValueModule(width=8), data)
+
+
+def test_the_metrics_control_only_the_given_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = []
+
+    def measure(*args: Any, **options: Any) -> dict[str, Any]:
+        given.append(options["layers"])
+        names = ("reward_before", "reward_after", "tokens_per_second_before", "tokens_per_second_after")
+        return dict.fromkeys(names, 0.0)
+
+    monkeypatch.setattr("kedit_train.control.control_metrics.measure_control", measure)
+    data = ResponseDataModule(PROMPTS[:3], reward=ShortAnswer(8), sampling=SHORT)
+    metrics = ControlMetrics(PROMPTS[5:], step_size=1.0, layers=[0])
+    trainer(callbacks=[metrics]).fit(ValueModule(layers=[0, "head"], width=8), data)
+    assert given == [[0]]
 
 
 def test_a_trained_prompt_is_not_measured() -> None:
