@@ -210,5 +210,5 @@ def test_a_file_and_the_world_are_read_completely_without_a_limit(tmp_path: Path
 
 @pytest.mark.parametrize("rate", [-1.0, float("nan"), float("inf")])
 def test_a_learning_rate_below_zero_is_an_error(rate: float) -> None:
-    with pytest.raises(EditError, match=r"^EditModule: learning_rate must be >= 0, got "):
+    with pytest.raises(EditError, match=r"^EditModule: learning_rate must be (finite and )?>= 0, got "):
         EditModule(name="nowhere", learning_rate=rate)

@@ -275,7 +275,7 @@ def test_sharded_weights_are_bounded_on_every_shard(tmp_path):
     ("wrong", "expected"),
     [
         ({"radius": 0.0}, "> 0, or None"),
-        ({"radius": float("inf")}, "> 0, or None"),
+        ({"radius": float("inf")}, "finite and > 0, or None"),
         ({"norm": "l1"}, '"linf" or "l2"'),
         ({"per": "row"}, '"tensor" or "scope"'),
         ({"anchor": "first"}, '"base" or "previous"'),
