@@ -68,9 +68,8 @@ def _eigenvectors_near(moment: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
     """
     generator = torch.Generator().manual_seed(0)
     random = torch.randn(len(moment), start.shape[1] // 4 + 16, generator=generator, dtype=moment.dtype)
-    span = torch.linalg.qr(moment @ torch.cat([start.to(moment), random.to(moment.device)], dim=1))[0]
-    values, vectors = torch.linalg.eigh(span.T @ moment @ span)
-    return values.flip(0), (span @ vectors).flip(1)
+    values, vectors = _eigenvectors_in_span(moment, torch.cat([start.to(moment), random.to(moment.device)], dim=1))
+    return values.flip(0), vectors.flip(1)
 
 
 def _eigenvectors(moment: Tensor, rank: int | None) -> tuple[Tensor, Tensor]:
@@ -81,9 +80,14 @@ def _eigenvectors(moment: Tensor, rank: int | None) -> tuple[Tensor, Tensor]:
     # The products of the moment with ``rank`` random vectors span its column space. A few more vectors make this robust
     # against rounding errors.
     random = torch.randn(size, min(rank + 8, size), generator=torch.Generator().manual_seed(0), dtype=moment.dtype)
-    span = torch.linalg.qr(moment @ random.to(moment.device))[0]
-    values, vectors = torch.linalg.eigh(span.T @ moment @ span)
-    return values, span @ vectors
+    return _eigenvectors_in_span(moment, random.to(moment.device))
+
+
+def _eigenvectors_in_span(moment: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
+    """Return ascending eigenvalues and eigenvectors of a moment in the span of its products with ``vectors``."""
+    span = torch.linalg.qr(moment @ vectors)[0]
+    values, within = torch.linalg.eigh(span.T @ moment @ span)
+    return values, span @ within
 
 
 def join_directions(first: Tensor, second: Tensor) -> Tensor:
