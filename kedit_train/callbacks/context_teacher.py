@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kedit_train.arguments import check_arguments, integer_from, optional, within
 from kedit_train.callbacks.token_loss import TokenLoss
+from kedit_train.core.locality.consecutive_runs import given_edits
 from kedit_train.core.run import EditRun
 from kedit_train.core.tokens.context_targets import ContextTargets
 from kedit_train.core.tokens.interfaces import Reduction
@@ -123,12 +124,7 @@ class ContextTeacher(TokenLoss):
 
     def attach(self, run: EditRun) -> None:
         super().attach(run)
-        edits = run.edits if self.edits is None else EditDataset.of(self.edits)
-        if not edits:
-            raise EditError(
-                "the edits of this run are unknown; pass edits= (a path, a list of Edit or an EditDataset), or add "
-                "EditMetrics(edits)."
-            )
+        edits = given_edits(run, self.edits)
         tokenizer = run.tokenizer()
         prompt_format = self.prompt_format or training_format(run, tokenizer, edits) or "plain"
         check_format(prompt_format, tokenizer)

@@ -16,6 +16,7 @@ from kedit_train.core.gate.adapter_folder import check_folder, save_adapter
 from kedit_train.core.gate.checks import check_no_randomness, check_scope, check_unused
 from kedit_train.core.gate.gate import Gate, find_gate
 from kedit_train.core.gate.keys import begin_with, encode_prompts_of, nearest_distances, prompt_keys
+from kedit_train.core.locality.consecutive_runs import given_edits
 from kedit_train.core.locality.neighbor_texts import neighbor_texts
 from kedit_train.core.locality.texts import Texts, TextSource
 from kedit_train.core.run import EditRun
@@ -167,12 +168,7 @@ class GatedAdapter(EditCallback):
                 check_folder(Path(self.path))
 
     def attach(self, run: EditRun) -> None:
-        edits = run.edits if self.edits is None else EditDataset.of(self.edits)
-        if not edits:
-            raise EditError(
-                "the edits of this run are unknown; pass edits= (a path, a list of Edit or an EditDataset), or add "
-                "EditMetrics(edits)."
-            )
+        edits = given_edits(run, self.edits)
         interrupted = find_gate(run.model)
         if interrupted is not None:
             # The run resumes on the model of the interrupted run, which has kept its gate.

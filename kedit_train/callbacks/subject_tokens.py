@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from kedit_train.callbacks.base import EditCallback
-from kedit_train.core.cache.layer_stack import call_arguments
+from kedit_train.core.cache.layer_stack import block_input, call_arguments
 from kedit_train.core.cache.sequence_keys import real_tokens
 from kedit_train.core.drift.linear_layers import LinearLayer, find_linear_layers
+from kedit_train.core.locality.consecutive_runs import given_edits
 from kedit_train.core.run import EditRun
 from kedit_train.core.scope.blocks import place_in_blocks
 from kedit_train.core.scope.subject_positions import SubjectPositions
@@ -105,12 +106,7 @@ class SubjectTokens(EditCallback):
             run.edits = run.edits or EditDataset.of(self.edits)
 
     def attach(self, run: EditRun) -> None:
-        edits = run.edits if self.edits is None else EditDataset.of(self.edits)
-        if not edits:
-            raise EditError(
-                "the edits of this run are unknown; pass edits= (a path, a list of Edit or an EditDataset), or add "
-                "EditMetrics(edits)."
-            )
+        edits = given_edits(run, self.edits)
         layers = find_linear_layers(run.model, run.scope)
         places = {name: place_in_blocks(run.model, name) for name in layers}
         paths = {path for path, index in places.values() if index >= 0}
@@ -192,12 +188,12 @@ class SubjectTokens(EditCallback):
 
     def _mark(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Remember the chosen positions for the input of a block. Checkpointing needs them to recompute the block."""
-        hidden = args[0] if args else kwargs.get("hidden_states")
-        if self._inside and isinstance(hidden, Tensor):
+        hidden = block_input(args, kwargs)
+        if self._inside and hidden is not None:
             setattr(hidden, _CHOSEN, self._chosen)
 
     def _recall(self, child: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        hidden = args[0] if args else kwargs.get("hidden_states")
+        hidden = block_input(args, kwargs)
         if not self._inside and hasattr(hidden, _CHOSEN):
             self._chosen, self._recalled = getattr(hidden, _CHOSEN), True
 

@@ -87,6 +87,12 @@ def call_arguments(backbone: nn.Module, args: tuple[Any, ...], kwargs: Mapping[s
     return {name: value for name, value in named.items() if value is not None}
 
 
+def block_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+    """Return the hidden states that a module receives: its first argument, or the argument ``hidden_states``."""
+    value = args[0] if args else kwargs.get("hidden_states")
+    return value if isinstance(value, Tensor) else None
+
+
 def find_prefix(
     model: nn.Module, trained: Iterable[nn.Parameter], input_ids: Tensor, forward: Callable[[], Any]
 ) -> Prefix:

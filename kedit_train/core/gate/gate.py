@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kedit_train.core.cache.layer_stack import call_arguments
+from kedit_train.core.cache.layer_stack import block_input, call_arguments
 from kedit_train.core.gate.adapted_layers import find_adapted_layers
 from kedit_train.core.gate.gate_cache import add_open, open_before
 from kedit_train.core.gate.gate_file import read_gate
@@ -172,7 +172,7 @@ class Gate:
         own.open, own.outputs = None, {}
 
     def _decide(self, block: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        own, hidden = self._pass, _hidden(args, kwargs)
+        own, hidden = self._pass, block_input(args, kwargs)
         if own.real is None or own.before is None or hidden is None:
             return
         if self.keys.device != hidden.device:
@@ -186,12 +186,12 @@ class Gate:
 
         Gradient checkpointing needs this state to recompute the block.
         """
-        hidden = _hidden(args, kwargs)
+        hidden = block_input(args, kwargs)
         if hidden is not None and self._pass.open is not None and self._pass.real is not None:
             setattr(hidden, _STATE, self._pass.open)
 
     def _recall(self, child: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        state = getattr(_hidden(args, kwargs), _STATE, None)
+        state = getattr(block_input(args, kwargs), _STATE, None)
         if state is not None:
             self._pass.open = state
 
@@ -230,12 +230,6 @@ class Gate:
         parts = output if cache is None and isinstance(output, tuple) else (cache,)
         for part in parts:
             add_open(part, state)
-
-
-def _hidden(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
-    """Return the hidden states that a module receives: its first argument, or the argument ``hidden_states``."""
-    value = args[0] if args else kwargs.get("hidden_states")
-    return value if isinstance(value, Tensor) else None
 
 
 def _real_tokens(mask: Any, rows: int, length: int, device: torch.device) -> Tensor:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from torch import nn
 
 from kedit_train import world
 from kedit_train.core.locality.texts import Texts
 from kedit_train.core.run import EditRun
+from kedit_train.data import Edit, EditDataset
 from kedit_train.errors import EditError, warn
 
 
@@ -48,6 +50,25 @@ def require_edits(run: EditRun, reason: str) -> None:
             f"{reason}, but the edits of this run are unknown; pass them with the callback EditMetrics(edits) or with "
             "editing(edits=...)."
         )
+
+
+def given_edits(run: EditRun, edits: Any) -> Sequence[Edit]:
+    """Return the edits that a callback was given, or else those of the run.
+
+    Args:
+        run: the run that begins.
+        edits: the argument ``edits`` of the callback: a path, a list of ``Edit``, an ``EditDataset`` or None.
+
+    Raises:
+        EditError: there are no edits.
+    """
+    found = run.edits if edits is None else EditDataset.of(edits)
+    if not found:
+        raise EditError(
+            "the edits of this run are unknown; pass edits= (a path, a list of Edit or an EditDataset), or add "
+            "EditMetrics(edits)."
+        )
+    return found
 
 
 def remaining_texts(texts: Texts, chosen: Sequence[str], run: EditRun) -> list[str]:
