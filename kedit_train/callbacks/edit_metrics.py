@@ -240,10 +240,9 @@ class EditMetrics(EditCallback):
         if self.show:
             report.print()
         if self.report_path is not None:
-            path, shown = report.save(self.report_path), ""
-            if path.suffix not in (".md", ".html"):
-                shown = f" (as a page: {report.save(path.with_suffix('.html'))})"
-            print(f"report: {path}{shown}")
+            path = report.save(self.report_path)
+            is_page = path.suffix in (".md", ".html")
+            print(f"report: {path}" + ("" if is_page else f" (as a page: {report.save(path.with_suffix('.html'))})"))
 
     def _evaluate_sample(self, run: EditRun) -> None:
         """Evaluate the fixed sample of the edits, log the scores and end training if ``stop_at`` is reached."""

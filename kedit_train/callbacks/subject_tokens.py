@@ -98,7 +98,6 @@ class SubjectTokens(EditCallback):
         # whether checkpointing recomputes a block whose positions are known.
         self._chosen: Tensor | None = None
         self._inside = self._recalled = self._warned = False
-        self._share = [0, 0]
 
     def prepare(self, run: EditRun) -> None:
         run.causal_model()
@@ -123,7 +122,7 @@ class SubjectTokens(EditCallback):
             )
         (path,) = paths
         self._run, self._positions = run, SubjectPositions(run.tokenizer(), edits)
-        self._chosen, self._warned, self._share = None, False, [0, 0]
+        self._chosen, self._warned = None, False
         self._inside = self._recalled = False
         backbone = run.model.get_submodule(path.rpartition(".")[0])
         blocks = run.model.get_submodule(path)
@@ -143,10 +142,9 @@ class SubjectTokens(EditCallback):
         positions = self._positions
         if positions is None or not positions.rows:
             return {}
-        chosen, total = self._share
         return {
             "edit/scope/subject_examples": positions.found / positions.rows,
-            "edit/scope/subject_share": chosen / total,
+            "edit/scope/subject_share": positions.chosen / positions.tokens,
         }
 
     def after_step(self, run: EditRun) -> None:
@@ -178,10 +176,7 @@ class SubjectTokens(EditCallback):
                     "the model must receive input_ids [rows, length] to find the subjects, got no token ids (for "
                     "example inputs_embeds); remove SubjectTokens."
                 )
-        real = real_tokens(inputs.get("attention_mask"), ids)
-        self._chosen = positions.find(ids, real)
-        self._share[0] += int((self._chosen & real).sum())
-        self._share[1] += int(real.sum())
+        self._chosen = positions.find(ids, real_tokens(inputs.get("attention_mask"), ids))
 
     def _leave(self, backbone: nn.Module, args: Any, output: Any) -> None:
         self._inside = False

@@ -12,6 +12,7 @@ References:
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -158,6 +159,12 @@ def project_free(delta: Tensor, space: FreeSpace) -> Tensor:
         return delta - within if space.preserved else within
 
 
+@lru_cache(maxsize=8)
+def _random_vectors(size: int) -> Tensor:
+    """Return the random vectors of a sketch, [size, _SKETCH]. They are the same in every step."""
+    return torch.randn(size, _SKETCH, generator=torch.Generator().manual_seed(0))
+
+
 def project_gradient_free(gradient: Tensor, space: FreeSpace) -> Tensor:
     """Compute :func:`project_free` of a gradient, with fewer operations if the gradient has a low rank.
 
@@ -176,8 +183,7 @@ def project_gradient_free(gradient: Tensor, space: FreeSpace) -> Tensor:
     if min(gradient.shape) < 4 * _SKETCH:
         return project_free(gradient, space)
     with full_precision(gradient.device.type):
-        random = torch.randn(gradient.shape[1], _SKETCH, generator=torch.Generator().manual_seed(0))
-        span, triangle = torch.linalg.qr(gradient @ random.to(gradient))
+        span, triangle = torch.linalg.qr(gradient @ _random_vectors(gradient.shape[1]).to(gradient))
         sizes = triangle.diagonal().abs()
         # If the last vectors of the sketch depend on the first ones up to rounding, then the sketch spans the gradient.
         if not bool(sizes[-_SPARE:].max() <= _ROUNDING * sizes.max()):

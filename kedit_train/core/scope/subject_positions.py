@@ -25,13 +25,15 @@ class SubjectPositions:
     Attributes:
         rows: number of rows so far.
         found: number of rows so far that contain a prompt with its subject.
+        tokens: number of tokens in all rows so far.
+        chosen: number of these tokens at chosen positions.
     """
 
     def __init__(self, tokenizer: Any, edits: Sequence[Edit]) -> None:
         self._tokenizer = tokenizer
         self._subjects = {edit.prompt: spans for edit in edits if (spans := subject_spans(edit))}
         self._known: dict[tuple[int, ...], list[int] | None] = {}
-        self.rows = self.found = 0
+        self.rows = self.found = self.tokens = self.chosen = 0
 
     def find(self, ids: Tensor, real: Tensor) -> Tensor:
         """Return which positions belong to a subject.
@@ -48,6 +50,8 @@ class SubjectPositions:
             columns = [column for column, is_real in enumerate(mask) if is_real]
             positions = self._positions(tuple(own[column] for column in columns))
             self.rows += 1
+            self.tokens += len(columns)
+            self.chosen += len(columns if positions is None else positions)
             if positions is not None:
                 self.found += 1
                 chosen[row] = False
