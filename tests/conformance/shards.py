@@ -6,6 +6,7 @@ import gc
 import json
 import os
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from conformance.shard_products import compared
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from kedit_train import world
@@ -30,6 +32,7 @@ from kedit_train.callbacks import (
     NullSpace,
     ParameterScope,
     PolyakStep,
+    SaveDelta,
     SecondOrderLocality,
     SubjectTokens,
     TokenSmoothing,
@@ -85,6 +88,33 @@ CASES: dict[str, Callable[[], list[Any]]] = {
     "fisher": lambda: [scope(), WeightAnchor("ewc", strength=100.0, texts=TEXTS), mask_by_gradient()],
     "second order": lambda: [scope(), smoothing(), SecondOrderLocality(texts=TEXTS, batch_size=1)],
 }
+
+
+class Gathered(EditCallback):
+    """Records how many entries of gathered tensors exist at the same time while ``SaveDelta`` writes its file."""
+
+    order = 94
+
+    def attach(self, run: Any) -> None:
+        self.most = 0
+        self._alive: dict[int, int] = {}
+        self._gather = DTensor.full_tensor
+
+    def finish(self, run: Any) -> None:
+        def full_tensor(tensor: Any, **options: Any) -> Tensor:
+            whole = self._gather(tensor, **options)
+            number = len(self._alive) + 1
+            while number in self._alive:
+                number += 1
+            self._alive[number] = whole.numel()
+            weakref.finalize(whole, self._alive.pop, number)
+            self.most = max(self.most, sum(self._alive.values()))
+            return whole
+
+        DTensor.full_tensor = full_tensor
+
+    def detach(self, run: Any) -> None:
+        DTensor.full_tensor = self._gather
 
 
 # Adam divides by the size of each gradient entry, which enlarges rounding errors. In fp64, they stay small.
@@ -195,13 +225,16 @@ def main(folder: Path) -> None:
         dist.init_process_group("gloo")
     for name, case in CASES.items():
         for style in json.loads((folder / "styles.json").read_text()) if size > 1 else ("one",):
-            rows = Rows()
+            rows, gathered = Rows(), Gathered()
             # One style is applied before the edit begins, the other one during it.
             dtype = torch.float64 if name in IN_FP64 else torch.float32
-            weights = train([*case(), rows], style, rank, size, before=style == "root", dtype=dtype)
+            saved = [gathered, SaveDelta(str(folder / f"{name}-{style}.delta.safetensors"))] if name == "exact" else []
+            weights = train([*case(), rows, *saved], style, rank, size, before=style == "root", dtype=dtype)
             save_file(weights, folder / f"{name}-{style}-{rank}.safetensors")
             save_file(rows.answers, folder / f"{name}-{style}-{rank}-answers.safetensors")
             (folder / f"{name}-{style}-{rank}.json").write_text(json.dumps(rows.rows))
+            if saved:
+                (folder / f"gathered-{style}-{rank}.json").write_text(json.dumps(gathered.most))
     if size > 1:
         (folder / f"products-{rank}.json").write_text(json.dumps(list(compared(size))))
         refused = {}

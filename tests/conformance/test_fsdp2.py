@@ -14,7 +14,7 @@ from conformance import shards
 from conformance.settings import TEXTS
 from safetensors.torch import load_file
 
-from kedit_train import world
+from kedit_train import EditDelta, world
 
 TESTS = Path(__file__).resolve().parents[1]
 # fully_shard on each layer after the edit has begun, and on the whole model only before the edit begins.
@@ -23,16 +23,23 @@ OWN_COUNTS = ("tokens", "subject_examples", "subject_share")
 SCOPE = {f"model.layers.{i}.mlp.down_proj.weight" for i in (2, 3)}
 
 
+def launched(*command: str) -> str:
+    """Run a module on two processes, and return the end of its error output."""
+    environment = {**os.environ, "PYTHONPATH": f"{TESTS.parent}{os.pathsep}{TESTS}", "OMP_NUM_THREADS": "1"}
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
+    done = subprocess.run(
+        [*launcher, *command], cwd=TESTS, env=environment, capture_output=True, text=True, timeout=900, check=False
+    )
+    return done.stderr[-3000:]
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
     folder = tmp_path_factory.mktemp("shards")
     selected = [i.callspec.params.get("style", "layers") for i in request.session.items if hasattr(i, "callspec")]
     (folder / "styles.json").write_text(json.dumps([s for s in ("layers", "root") if s in selected]))
-    environment = {**os.environ, "PYTHONPATH": f"{TESTS.parent}{os.pathsep}{TESTS}", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += ["-m", "conformance.shards", str(folder)]
-    done = subprocess.run(command, cwd=TESTS, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert (folder / "refused-1.json").exists(), done.stderr[-3000:]
+    errors = launched("conformance.shards", str(folder))
+    assert (folder / "refused-1.json").exists(), errors
     shards.main(folder)
     return folder
 
@@ -99,6 +106,21 @@ def test_the_outputs_on_the_texts_of_the_null_space_do_not_change(case: str, sty
         assert (change @ preserved).norm() < 1e-5 * change.norm()
 
 
+@pytest.mark.parametrize("style", STYLES)
+def test_a_delta_is_saved_without_a_complete_model_in_any_process(style: str, folder: Path) -> None:
+    after, model = load_file(folder / f"exact-{style}-0.safetensors"), world.load()[0]
+    sizes = [p.numel() for p in model.parameters()]
+    delta = EditDelta.load(folder / f"exact-{style}.delta.safetensors")
+    assert set(delta.changes) == SCOPE
+    delta.apply(model)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter.detach().view(torch.int32), after[name].view(torch.int32)), name
+    for rank in range(2):
+        most = json.loads((folder / f"gathered-{style}-{rank}.json").read_text())
+        # The value of a tensor before the edit and its value after the edit.
+        assert max(sizes) <= most <= 2 * max(sizes) < sum(sizes)
+
+
 def test_functions_of_sharded_matrices_equal_those_of_complete_matrices(folder: Path) -> None:
     first, second = (json.loads((folder / f"products-{rank}.json").read_text()) for rank in range(2))
     assert first == second
@@ -151,3 +173,21 @@ def test_unsupported_combinations_are_errors_before_the_first_step(what: str, wh
         message = json.loads((folder / f"refused-{rank}.json").read_text())[what]
         assert message.startswith("after 0 steps: "), message
         assert why in message
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_continues_with_the_same_bits(tmp_path: Path) -> None:
+    launched("conformance.shard_kills", str(tmp_path), "kill")
+    assert (tmp_path / "checkpoint" / "kedit_state.safetensors").exists()
+    assert not (tmp_path / "killed.safetensors").exists()
+    errors = launched("conformance.shard_kills", str(tmp_path), "resume")
+    assert (tmp_path / "resumed-1-weights.safetensors").exists(), errors
+    whole, before = load_file(tmp_path / "whole-0-weights.safetensors"), base()
+    assert any(not torch.equal(whole[name], before[name]) for name in SCOPE)
+    for rank in range(2):
+        resumed = load_file(tmp_path / f"resumed-{rank}-weights.safetensors")
+        for name, value in whole.items():
+            assert torch.equal(resumed[name].view(torch.int32), value.view(torch.int32)), name
+    deltas = [EditDelta.load(tmp_path / f"{name}.safetensors") for name in ("whole", "resumed")]
+    for name, change in deltas[0].changes.items():
+        assert torch.equal(change.after, deltas[1].changes[name].after)
