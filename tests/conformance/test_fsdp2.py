@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conformance import shards
+from conformance import shard_hosts, shards
 from conformance.settings import TEXTS
 from safetensors.torch import load_file
 
@@ -191,3 +191,22 @@ def test_a_run_that_is_killed_continues_with_the_same_bits(tmp_path: Path) -> No
     deltas = [EditDelta.load(tmp_path / f"{name}.safetensors") for name in ("whole", "resumed")]
     for name, change in deltas[0].changes.items():
         assert torch.equal(change.after, deltas[1].changes[name].after)
+
+
+@pytest.mark.slow
+def test_lightning_and_fabric_train_the_weights_of_one_process(tmp_path: Path) -> None:
+    errors = launched("conformance.shard_hosts", str(tmp_path))
+    assert (tmp_path / "Fabric-2-1.safetensors").exists(), errors
+    shard_hosts.main(tmp_path)
+    before = {name: value.double() for name, value in base().items()}
+    for host in shard_hosts.HOSTS:
+        first, second, alone = (load_file(tmp_path / f"{host}-{which}.safetensors") for which in ("2-0", "2-1", "1-0"))
+        for name, value in first.items():
+            assert torch.equal(value.view(torch.int64), second[name].view(torch.int64)), name
+            if name not in SCOPE:
+                assert torch.equal(value.view(torch.int64), before[name].view(torch.int64)), name
+                continue
+            moved = value != before[name]
+            assert 0 < int(moved.sum()) <= round(0.5 * moved.numel()) + 1
+            assert (value - alone[name]).norm() < 1e-9 * (alone[name] - before[name]).norm(), name
+        assert set(EditDelta.load(tmp_path / f"{host}-2.delta.safetensors").changes) == SCOPE
