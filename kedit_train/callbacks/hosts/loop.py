@@ -241,7 +241,7 @@ class Editing:
             run.steps.begin(scaler)
         penalty = run.steps.penalty()
         if penalty is not None:
-            (penalty if scaler is None else scaler.scale(penalty)).backward()
+            run.backward(penalty if scaler is None else scaler.scale(penalty))
             self._host.watch_penalties(run)
 
     def _is_pending(self) -> bool:
