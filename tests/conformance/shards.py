@@ -167,6 +167,7 @@ def train(
     before: bool = False,
     dtype: torch.dtype = torch.float32,
     loss: Any = None,
+    edits: Any = None,
 ) -> dict[str, Tensor]:
     """Train and return the gathered weights. ``before`` shards the model before the edit begins."""
     torch.manual_seed(0)
@@ -175,7 +176,7 @@ def train(
     model.to(dtype)
     if style == "head":
         model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
-    rows, put = EditDataset(world.edits(n=BATCH * STEPS)).encode(tokenizer), collator(tokenizer)
+    rows, put = (edits or EditDataset(world.edits(n=BATCH * STEPS))).encode(tokenizer), collator(tokenizer)
     model.train()
     if before and size > 1:
         shard(model, style)
@@ -223,7 +224,7 @@ def main(folder: Path) -> None:
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if size > 1:
         dist.init_process_group("gloo")
-    for name, case in CASES.items():
+    for name, case in ((n, CASES[n]) for n in json.loads((folder / "cases.json").read_text())):
         for style in json.loads((folder / "styles.json").read_text()) if size > 1 else ("one",):
             rows, gathered = Rows(), Gathered()
             # One style is applied before the edit begins, the other one during it.

@@ -19,6 +19,7 @@ from kedit_train import EditDelta, world
 TESTS = Path(__file__).resolve().parents[1]
 # fully_shard on each layer after the edit has begun, and on the whole model only before the edit begins.
 STYLES = ["layers", pytest.param("root", marks=pytest.mark.slow)]
+SLOW = ("smoothing", "curvature", "fisher")
 OWN_COUNTS = ("tokens", "subject_examples", "subject_share")
 SCOPE = {f"model.layers.{i}.mlp.down_proj.weight" for i in (2, 3)}
 
@@ -36,8 +37,13 @@ def launched(*command: str) -> str:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
     folder = tmp_path_factory.mktemp("shards")
-    selected = [i.callspec.params.get("style", "layers") for i in request.session.items if hasattr(i, "callspec")]
-    (folder / "styles.json").write_text(json.dumps([s for s in ("layers", "root") if s in selected]))
+    own = [i for i in request.session.items if i.path == Path(__file__) and isinstance(i, pytest.Function)]
+    given = [i.callspec.params for i in own if hasattr(i, "callspec")]
+    # Tests without the parameter "case" read the cases "exact" and "l2".
+    cases = {parameters.get("case", "exact") for parameters in given} | {"exact", "l2"}
+    (folder / "cases.json").write_text(json.dumps([c for c in shards.CASES if c in cases]))
+    styles = {parameters.get("style", "layers") for parameters in given} | {"layers"}
+    (folder / "styles.json").write_text(json.dumps([s for s in ("layers", "root") if s in styles]))
     errors = launched("conformance.shards", str(folder))
     assert (folder / "refused-1.json").exists(), errors
     shards.main(folder)
@@ -49,7 +55,7 @@ def base() -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("style", STYLES)
-@pytest.mark.parametrize("case", shards.CASES)
+@pytest.mark.parametrize("case", [pytest.param(c, marks=pytest.mark.slow if c in SLOW else ()) for c in shards.CASES])
 def test_sharded_training_ends_with_the_weights_of_one_process(case: str, style: str, folder: Path) -> None:
     alone = load_file(folder / f"{case}-one-0.safetensors")
     first, second = (load_file(folder / f"{case}-{style}-{rank}.safetensors") for rank in range(2))
@@ -85,10 +91,9 @@ def test_scope_mask_and_balls_are_exact_on_the_gathered_weights(style: str, fold
     assert 0.99 * 2e-2 < total <= 2e-2
 
 
-@pytest.mark.parametrize("style", STYLES)
-@pytest.mark.parametrize("case", ["l2", "null space"])
-def test_the_outputs_on_the_texts_of_the_null_space_do_not_change(case: str, style: str, folder: Path) -> None:
-    after, (model, tokenizer) = load_file(folder / f"{case}-{style}-0.safetensors"), world.load()
+def leak(after: dict[str, torch.Tensor]) -> float:
+    """Return the largest part of a change that acts on the layer inputs on the texts, computed from the definition."""
+    model, tokenizer = world.load()
     inputs: dict[str, list[torch.Tensor]] = {name: [] for name in SCOPE}
     for name in SCOPE:
         module = model.get_submodule(name.removesuffix(".weight"))
@@ -96,14 +101,22 @@ def test_the_outputs_on_the_texts_of_the_null_space_do_not_change(case: str, sty
     with torch.no_grad():
         for text in TEXTS:
             model(torch.tensor([tokenizer(text)["input_ids"]]))
-    for name, before in ((name, model.get_parameter(name).detach()) for name in SCOPE):
+    found = []
+    for name in SCOPE:
         vectors = torch.cat(inputs[name])
         values, directions = torch.linalg.eigh(vectors.T @ vectors)
         energy = values.flip(0).cumsum(0) / values.sum()
         preserved = directions.flip(1)[:, : int((energy < 0.9).sum()) + 1]
-        change = after[name].double() - before.double()
+        change = after[name].double() - model.get_parameter(name).detach().double()
         assert 0 < preserved.shape[1] < len(values)
-        assert (change @ preserved).norm() < 1e-5 * change.norm()
+        found.append(float((change @ preserved).norm() / change.norm()))
+    return max(found)
+
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("case", ["l2", "null space"])
+def test_the_outputs_on_the_texts_of_the_null_space_do_not_change(case: str, style: str, folder: Path) -> None:
+    assert leak(load_file(folder / f"{case}-{style}-0.safetensors")) < 1e-5
 
 
 @pytest.mark.parametrize("style", STYLES)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from conformance import zero
-from conformance.test_fsdp2 import SCOPE, TESTS, base
+from conformance.test_fsdp2 import SCOPE, TESTS, base, leak
 from safetensors.torch import load_file
 
 from kedit_train import EditDelta
@@ -62,6 +62,12 @@ def test_mask_and_ball_are_exact(stage: int, folder: Path) -> None:
         assert torch.equal(*(w[name].flatten()[held].view(torch.int32) for w in (after, before)))
         assert int((after[name] != before[name]).sum()) > 0.9 * len(held)
         assert float((after[name].double() - before[name].double()).abs().max()) <= 2e-3
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("case", ["null space", "accumulated"])
+def test_the_outputs_on_the_texts_of_the_null_space_do_not_change(case: str, stage: int, folder: Path) -> None:
+    assert leak(load_file(folder / f"{case}-{stage}-0.safetensors")) < 1e-5
 
 
 @pytest.mark.parametrize(

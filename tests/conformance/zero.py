@@ -76,13 +76,13 @@ def configuration(stage: int, size: int, accumulate: int, **more: Any) -> dict[s
 
 
 def train(
-    case: list[Any], stage: int, rank: int, size: int, *, accumulate: int = 1, **more: Any
+    case: list[Any], stage: int, rank: int, size: int, *, accumulate: int = 1, edits: Any = None, **more: Any
 ) -> dict[str, torch.Tensor]:
     """Train and return the weights. Stage 0 is a plain loop."""
     torch.manual_seed(0)
     loaded, tokenizer = world.load()
     model: Any = loaded
-    rows, put = EditDataset(world.edits(n=BATCH * STEPS)).encode(tokenizer), collator(tokenizer)
+    rows, put = (edits or EditDataset(world.edits(n=BATCH * STEPS))).encode(tokenizer), collator(tokenizer)
     model.train()
     with editing(model, case, tokenizer=tokenizer) as edit:
         optimizer = torch.optim.AdamW(edit.parameters(), lr=1e-3, weight_decay=0.1)
