@@ -131,8 +131,10 @@ def _moves_to_end(parameter: Any, keys: list[int]) -> Any:
     """Return a hook after which the hooks with these keys run last: DeepSpeed must read the projected gradients."""
 
     def move(_: Tensor) -> None:
+        hooks = parameter._post_accumulate_grad_hooks
         for key in keys:
-            if key in parameter._post_accumulate_grad_hooks:
-                parameter._post_accumulate_grad_hooks.move_to_end(key)
+            if key in hooks:
+                # torch calls the hooks in the order of insertion, which move_to_end() does not change.
+                hooks[key] = hooks.pop(key)
 
     return move

@@ -57,7 +57,8 @@ CASES: dict[str, Callable[[], list[Any]]] = {
         scope(),
         smoothing(),
         NullSpace(texts=TEXTS, batch_size=1),
-        KLLocality(texts=TEXTS, batch_size=2, weight=100.0),
+        # The weight is so large that the penalty dominates from the second step on.
+        KLLocality(texts=TEXTS, batch_size=2, weight=1e5),
     ],
     "skipped": lambda: [scope(), smoothing(), SkipSecond(), NormBall(0.5, norm="l2")],
 }
