@@ -157,9 +157,9 @@ class ForgetFirst(EditCallback):
             return
         if not run.reference:
             raise EditError("the run needs a scope (the parameters that may change); add ParameterScope.")
-        if any(isinstance(p, DTensor) for p in run.scope.values()):
+        if run.zero is not None or any(isinstance(p, DTensor) for p in run.scope.values()):
             raise EditError(
-                "ForgetFirst does not support sharded weights; run ForgetFirst in a single process "
+                "ForgetFirst does not support sharded weights or DeepSpeed; run ForgetFirst in a single process "
                 "(recipes/unlearn.yaml), then train the saved model."
             )
         with torch.no_grad(), evaluation_mode(run.model), run.host.forward_context():

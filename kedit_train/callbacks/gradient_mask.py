@@ -205,7 +205,6 @@ class GradientMask(EditCallback):
             shapes = {name: p.shape for name, p in run.scope.items()}
             return load_masks(self.mask_path, shapes, lambda masks: _identity(run, masks))
         edits = self._edits(run) if self.score.needs_edits else None
-        # The scores are plain tensors, because attach runs before FSDP2 shards the model.
         scores, on_texts = score_entries(run, self.score, edits, self.texts)
         return choose_masks(run.model, scores, on_texts, density=self.density, granularity=self.granularity)
 

@@ -17,12 +17,13 @@ from kedit_train.core.drift.factors_of_texts import check_no_adapters, factors_o
 from kedit_train.core.drift.kfac import KFACFactors, kfac_factors
 from kedit_train.core.drift.linear_layers import LinearLayer, find_linear_layers
 from kedit_train.core.drift.second_moments import SecondMoment, broadcast_from_first
+from kedit_train.core.drift.sharded_projections import remove_high_curvature
 from kedit_train.core.locality.consecutive_runs import continues_run, require_edits
 from kedit_train.core.locality.texts import Texts, TextSource
 from kedit_train.core.locality.token_sequences import tokenize_edits
 from kedit_train.core.run import EditRun
 from kedit_train.errors import EditError
-from kedit_train.functional.low_curvature import Curvature, high_curvature, project_low_curvature
+from kedit_train.functional.low_curvature import Curvature, high_curvature
 from kedit_train.paths import SAFETENSORS_PATH
 
 
@@ -72,9 +73,9 @@ class LowCurvature(EditCallback):
     ``edit/drift/low_curvature_leak`` (norm of the change in removed directions divided by the norm of the change).
 
     Raises:
-        EditError: an argument is invalid; the model is not a causal language model; a weight is sharded; or the scope
-            contains parameters that are not supported. Only weights of ``nn.Linear`` and ``Conv1D`` are supported. LoRA
-            factors are not supported, because an adapter with B = 0 has no curvature. The output head is not supported.
+        EditError: an argument is invalid; the model is not a causal language model; or the scope contains parameters
+            that are not supported. Only weights of ``nn.Linear`` and ``Conv1D`` are supported. LoRA factors are not
+            supported, because an adapter with B = 0 has no curvature. The output head is not supported.
 
     References:
         CrispEdit, arXiv 2602.15823.
@@ -123,7 +124,7 @@ class LowCurvature(EditCallback):
         self.sequential = sequential
         self.limit = limit
         self.batch_size = batch_size
-        self._projection = ChangeProjection({}, {}, project_low_curvature)
+        self._projection = ChangeProjection({}, {}, remove_high_curvature)
         self._accumulated: KFACFactors | None = None
         self._model: weakref.ref[nn.Module] | None = None
 
@@ -149,7 +150,7 @@ class LowCurvature(EditCallback):
         curvatures = {
             name: self._decompose(run, name, factors.gradients[name], factors.inputs[name]) for name in layers
         }
-        self._projection = ChangeProjection(layers, curvatures, project_low_curvature)
+        self._projection = ChangeProjection(layers, curvatures, remove_high_curvature)
         self._projection.start(run.scope)
 
     def constrain(self, weights: dict[str, Tensor], reference: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -20,6 +20,8 @@ from kedit_train.core.drift.lora_factors import lora_pairs
 from kedit_train.core.drift.model_batches import find_text_model, holds_model_inputs, model_input_batches
 from kedit_train.core.drift.previous_inputs import PreviousInputs
 from kedit_train.core.drift.second_moments import SecondMoment, broadcast_from_first, input_moments
+from kedit_train.core.drift.sharded_projections import remove_preserved, remove_preserved_from_gradient
+from kedit_train.core.drift.shards import total
 from kedit_train.core.locality.consecutive_runs import continues_run, remaining_texts, require_edits
 from kedit_train.core.locality.neighbor_texts import neighbor_texts
 from kedit_train.core.locality.texts import Texts, TextSource
@@ -32,8 +34,6 @@ from kedit_train.functional.null_space import (
     free_space,
     join_directions,
     principal_directions,
-    project_free,
-    project_gradient_free,
 )
 from kedit_train.functional.precision import wide
 from kedit_train.paths import SAFETENSORS_PATH
@@ -94,7 +94,7 @@ class NullSpace(EditCallback):
 
     Raises:
         EditError: an argument is invalid; the scope contains parameters other than weights of ``nn.Linear``, ``Conv1D``
-            or LoRA factors; a weight is sharded; an adapter is DoRA; or a weight has no direction left to move in.
+            or LoRA factors; an adapter is DoRA; or a weight has no direction left to move in.
 
     References:
         AlphaEdit: Null-Space Constrained Knowledge Editing for Language Models, arXiv 2410.02355.
@@ -150,7 +150,7 @@ class NullSpace(EditCallback):
         self.factors_path = factors_path
         self.limit = limit
         self.batch_size = batch_size
-        self._projection = ChangeProjection({}, {}, project_free)
+        self._projection = ChangeProjection({}, {}, remove_preserved)
         self._previous = PreviousInputs()
         # The second moments of the texts in preserve.
         self._preserved: dict[str, SecondMoment] = {}
@@ -204,7 +204,7 @@ class NullSpace(EditCallback):
         for more in (self._directions(self._preserved), self._of_previous, of_neighbors):
             directions = {name: join_directions(d, more[name]) if more else d for name, d in directions.items()}
         spaces = self._free_spaces(run, directions)
-        self._projection = ChangeProjection(layers, spaces, project_free, project_gradient_free)
+        self._projection = ChangeProjection(layers, spaces, remove_preserved, remove_preserved_from_gradient)
         for name in pairs:
             _project_reference(run, name, spaces[name])
         self._projection.start(run.scope)
@@ -339,8 +339,8 @@ class NullSpace(EditCallback):
 def _project_reference(run: EditRun, name: str, space: FreeSpace) -> None:
     """Project the reference value of a LoRA A factor, so that changes are measured from the projected value."""
     start = wide(run.reference[name])
-    projected = project_free(start, space)
+    projected = remove_preserved(start, space)
     # A resumed run has a projected reference already. A second projection would change its last bits.
     rounding = max(1e-5, torch.finfo(run.reference[name].dtype).eps)
-    if float((start - projected).norm()) > rounding * float(start.norm()):
+    if total([(start - projected).square()]) > rounding**2 * total([start.square()]):
         run.reference[name] = projected.to(run.reference[name].dtype)

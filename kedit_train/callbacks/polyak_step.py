@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from kedit_train.arguments import check_arguments, within
 from kedit_train.callbacks.base import EditCallback
 from kedit_train.core.checksums import first_not_finite
+from kedit_train.core.drift.shards import mean, total
+from kedit_train.core.fsdp import full_tensor, shard_like
 from kedit_train.core.requirements import Requirement
 from kedit_train.core.run import EditRun
 from kedit_train.errors import EditError, warn
@@ -42,8 +43,8 @@ class PolyakStep(EditCallback):
             smaller value needs more steps and preserves more behavior. Default 0.1.
 
     Raises:
-        EditError: ``step_size`` is not above 0 and at most 1; no callback computes the loss; another callback also
-            replaces the optimizer step; or a parameter in scope is sharded.
+        EditError: ``step_size`` is not above 0 and at most 1; no callback computes the loss; or another callback also
+            replaces the optimizer step.
 
     References:
         MoMo: Momentum Models for Adaptive Learning Rates, arXiv 2305.07583, for Polyak's step size with momentum.
@@ -98,12 +99,6 @@ class PolyakStep(EditCallback):
         return [Requirement(("edit/tokens/loss_now",), message)]
 
     def attach(self, run: EditRun) -> None:
-        for name, parameter in run.scope.items():
-            if isinstance(parameter, DTensor):
-                raise EditError(
-                    f"{name} is sharded over processes (DTensor), but the length of a step depends on the whole "
-                    "gradient; train with DDP instead of FSDP2, or remove this callback."
-                )
         self._gradients, self._before, self._averages = {}, {}, AdamAverages()
         # After gradient clipping, the gradient would no longer predict how much a step reduces the loss.
         largest = run.host.disable_clipping()
@@ -112,7 +107,7 @@ class PolyakStep(EditCallback):
                 f"max_grad_norm={largest:g} is ignored during this training, because this callback chooses the length "
                 "of each step itself; set max_grad_norm=0 to avoid this warning."
             )
-        self._norm = _total(wide(run.reference[name]).square() for name in run.scope) ** 0.5
+        self._norm = total(wide(run.reference[name]).square() for name in run.scope) ** 0.5
         if self._norm == 0.0:
             raise EditError(
                 "all parameters in scope are 0. A step is never longer than a tenth of their norm, so no step would "
@@ -162,10 +157,14 @@ class PolyakStep(EditCallback):
         loss_now = run.scores["edit/tokens/loss_now"]
         if not math.isfinite(loss_now):
             raise EditError(f"the loss of step {run.step} is {loss_now}; check the loss of this batch.")
-        loss, means, adam = self._averages.update(gradients, loss_now)
-        slope = _total(means[name] * u for name, u in adam.items())
+        averages = self._averages
+        for values in (averages.means, averages.squares):
+            # A checkpoint contains complete averages.
+            values.update({name: shard_like(values[name], g) for name, g in gradients.items() if name in values})
+        loss, means, adam = averages.update(gradients, loss_now, mean=mean)
+        slope = total(means[name] * u for name, u in adam.items())
         directions = {name: self.change(name, u) for name, u in adam.items()}
-        norm = _total(direction.square() for direction in directions.values()) ** 0.5
+        norm = total(direction.square() for direction in directions.values()) ** 0.5
         if not (slope > 0.0 and norm > 0.0):
             return changed
         length = min(self.step_size * abs(loss) / slope, _LONGEST * self._norm / norm)
@@ -175,7 +174,10 @@ class PolyakStep(EditCallback):
 
     def state(self) -> dict[str, Any]:
         averages = self._averages
-        means, squares = dict(averages.means), dict(averages.squares)
+        means, squares = (
+            {name: full_tensor(value) for name, value in values.items()}
+            for values in (averages.means, averages.squares)
+        )
         return {"means": means, "squares": squares, "loss": averages.loss, "steps": averages.steps}
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -198,9 +200,3 @@ class PolyakStep(EditCallback):
 def have_finite_squares(gradients: Iterable[Tensor]) -> bool:
     """Return whether the square of every entry is finite."""
     return first_not_finite(gradient.square() for gradient in gradients) is None
-
-
-def _total(tensors: Iterable[Tensor]) -> float:
-    """Return the sum of all entries. The sum is computed on the device of the first tensor, and needs one transfer."""
-    sums = [tensor.sum(dtype=torch.float64) for tensor in tensors]
-    return float(torch.stack([each.to(sums[0].device) for each in sums]).sum()) if sums else 0.0

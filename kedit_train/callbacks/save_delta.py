@@ -43,8 +43,9 @@ class SaveDelta(EditCallback):
 
     If the run trains adapters (PEFT), the file contains the merged weights of the base model, as ``merge_and_unload()``
     computes them. In this case, only weights are compared, not logits. To save the adapter itself, use PEFT. With
-    several processes, one process writes the file. Without ``ParameterScope``, a copy of every trainable parameter is
-    kept for the comparison.
+    several processes, one process writes the file. If FSDP2 shards the model, each process gathers one tensor at a
+    time, and keeps only the tensors that have changed. Without ``ParameterScope``, a copy of every trainable parameter
+    is kept for the comparison.
 
     If the run trains a quantized weight (8 bit or less), an error is raised before training, because the delta could
     not be applied to the checkpoint of the base model. If a persistent buffer, such as the running mean of
@@ -153,7 +154,8 @@ class SaveDelta(EditCallback):
         buffers = {"buffers": dict(self._buffers)} if self._buffers else {}
         if self._best is None:
             return buffers
-        best = {"best": list(self._best), "step": self._step, "values": self._values, "scores": self._scores}
+        values = {name: full_tensor(value) for name, value in self._values.items()}
+        best = {"best": list(self._best), "step": self._step, "values": values, "scores": self._scores}
         return best | buffers
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -172,7 +174,9 @@ class SaveDelta(EditCallback):
             self._best, self._step = scores, run.step
             self._scores = {name: run.scores[name] for name, step in run.published_at.items() if step == run.step}
             reshard(run.root)
-            self._values = {name: full_tensor(p.detach()).cpu().clone() for name, p in run.scope.items()}
+            # Copies of sharded weights stay sharded.
+            current = {name: p.detach() for name, p in run.scope.items()}
+            self._values = {n: (p if isinstance(p, DTensor) else p.cpu()).clone() for n, p in current.items()}
 
     @torch.no_grad()
     def finish(self, run: EditRun) -> None:
@@ -198,7 +202,7 @@ class SaveDelta(EditCallback):
         scoped = {id(parameter) for parameter in run.scope.values()}
         # Every process gathers the weights in the same order, which is the order of the model.
         touched = [name for name in weights if weights.made_of[name] & scoped]
-        after = {name: weights[name].clone() for name in touched}
+        after = _trained(run, weights, touched)
         edits = self._edits or run.edits or None
         scores = self._scores if self._values else run.scores
         with temporary_values(run.scope, before):
@@ -255,10 +259,15 @@ class SaveDelta(EditCallback):
         Returns:
             A text that says what was compared.
         """
+        differing = []
         with temporary_values(run.scope, before):
-            applied = {name: weights[name].clone() for name in after}
-        delta.apply(applied)
-        differing = [name for name, value in after.items() if not same_bits(applied[name], value)]
+            # One tensor at a time, so that a sharded model is never complete in the memory of a process.
+            for name in after:
+                tensor = {name: weights[name].clone()}
+                if name in delta.changes:
+                    EditDelta({name: delta.changes[name]}, meta=delta.meta).apply(tensor)
+                if not same_bits(tensor[name], after[name]):
+                    differing.append(name)
         if differing:
             raise EditError(f"{self.path} does not reproduce the trained weight {differing[0]}; do not use the file.")
         prompts = [] if hasattr(run.model, "peft_config") else self._prompts(run, edits)
@@ -294,6 +303,15 @@ class SaveDelta(EditCallback):
 
     def __repr__(self) -> str:
         return f"SaveDelta(at={self.at!r})"
+
+
+def _trained(run: EditRun, weights: Weights, names: Sequence[str]) -> Mapping[str, Tensor]:
+    """Return a copy of the trained value of each tensor. The copies of sharded tensors are gathered on access."""
+    if not any(isinstance(parameter, DTensor) for parameter in run.scope.values()):
+        return {name: weights[name].clone() for name in names}
+    copies = {id(parameter): parameter.detach().clone() for parameter in run.scope.values()}
+    keys = {name: next(iter(weights.made_of[name] & copies.keys())) for name in names}
+    return Weights({name: lambda copy=copies[key]: copy for name, key in keys.items()})
 
 
 def _buffer_checksums(run: EditRun) -> dict[str, int]:

@@ -13,6 +13,7 @@ from kedit_train.callbacks.polyak_step import PolyakStep, have_finite_squares
 from kedit_train.core.cache.sequence_keys import hash_sequences
 from kedit_train.core.drift.factors_of_texts import check_no_adapters, factors_of_texts
 from kedit_train.core.drift.kfac import KFACFactors
+from kedit_train.core.drift.kronecker import divergence, transform_matrix
 from kedit_train.core.drift.linear_layers import LinearLayer, find_linear_layers
 from kedit_train.core.drift.second_moments import broadcast_from_first
 from kedit_train.core.locality.texts import Texts, TextSource
@@ -20,7 +21,7 @@ from kedit_train.core.run import EditRun
 from kedit_train.core.training_format import warn_without_chats
 from kedit_train.errors import EditError
 from kedit_train.functional.precision import wide
-from kedit_train.functional.second_order import inverse_root, second_order_divergence, transform
+from kedit_train.functional.second_order import inverse_root
 from kedit_train.paths import SAFETENSORS_PATH
 
 
@@ -64,8 +65,8 @@ class SecondOrderLocality(PolyakStep):
 
     Raises:
         EditError: an argument is invalid; no callback computes the loss (add ``TokenLoss``); the model is not a causal
-            language model; a weight is sharded; or the scope contains parameters that are not supported. Only weights
-            of ``nn.Linear`` and ``Conv1D`` are supported. LoRA factors and the output head are not supported.
+            language model; or the scope contains parameters that are not supported. Only weights of ``nn.Linear`` and
+            ``Conv1D`` are supported. LoRA factors and the output head are not supported.
 
     References:
         Optimizing Neural Networks with Kronecker-factored Approximate Curvature, arXiv 1503.05671. SOAP: Improving and
@@ -146,10 +147,10 @@ class SecondOrderLocality(PolyakStep):
         super().attach(run)
 
     def coordinates(self, name: str, gradient: Tensor) -> Tensor:
-        return transform(self._layers[name].as_matrix(gradient), *self._roots[name])
+        return transform_matrix(self._layers[name].as_matrix(gradient), *self._roots[name])
 
     def change(self, name: str, direction: Tensor) -> Tensor:
-        return self._layers[name].as_matrix(transform(direction, *self._roots[name]))
+        return self._layers[name].as_matrix(transform_matrix(direction, *self._roots[name]))
 
     def describe_overflow(self, gradients: Mapping[str, Tensor], step: int) -> str:
         if have_finite_squares(gradients.values()):
@@ -165,12 +166,12 @@ class SecondOrderLocality(PolyakStep):
     def metrics(self, run: EditRun) -> dict[str, float]:
         if self.factors == "inputs" or not self._layers:
             return {}
-        divergence = 0.0
+        estimate = 0.0
         for name, layer in self._layers.items():
             change = layer.as_matrix(wide(run.scope[name].detach()) - wide(run.reference[name]))
             outputs, inputs = self._moments.gradients[name].mean, self._moments.inputs[name].mean
-            divergence += float(second_order_divergence(change, outputs, inputs))
-        return {"edit/locality/second_order_kl": divergence}
+            estimate += float(divergence(change, outputs, inputs))
+        return {"edit/locality/second_order_kl": estimate}
 
     def state(self) -> dict[str, Any]:
         return {**super().state(), "coordinates": self._coordinates()}

@@ -61,8 +61,8 @@ class SubjectTokens(EditCallback):
 
     Raises:
         EditError: the edits of the run are unknown; the scope contains parameters other than weights of ``nn.Linear``,
-            ``Conv1D`` or LoRA factors in the decoder blocks; a weight is sharded; or the model receives embeddings
-            instead of token ids.
+            ``Conv1D`` or LoRA factors in the decoder blocks; or the model receives embeddings instead of token
+            ids.
 
     References:
         "Locating and Editing Factual Associations in GPT", arXiv 2202.05262.
@@ -136,7 +136,8 @@ class SubjectTokens(EditCallback):
                 add(child.register_forward_pre_hook(weak_hook(self._recall), with_kwargs=True))
         for layer in layers.values():
             for module in layer.modules:
-                add(module.register_forward_hook(self._limit(layer)))
+                # prepend: a hook of FSDP2 on the module itself frees the gathered weight.
+                add(module.register_forward_hook(self._limit(layer), prepend=True))
 
     def metrics(self, run: EditRun) -> dict[str, float]:
         positions = self._positions

@@ -15,13 +15,13 @@ from kedit_train.core.drift.anchor_weights import Anchor, AnchorWeights
 from kedit_train.core.drift.factors_of_texts import check_no_adapters, factors_of_texts
 from kedit_train.core.drift.fisher import diagonal_fisher, next_token_examples
 from kedit_train.core.drift.kfac import KFACFactors
+from kedit_train.core.drift.kronecker import divergence
 from kedit_train.core.drift.linear_layers import LinearLayer, find_linear_layers
-from kedit_train.core.fsdp import full_tensor
+from kedit_train.core.fsdp import full_tensor, shard_like
 from kedit_train.core.locality.texts import Texts, TextSource
 from kedit_train.core.run import EditRun
 from kedit_train.errors import EditError
 from kedit_train.functional.precision import wide
-from kedit_train.functional.second_order import second_order_divergence
 
 Kind = Literal["l2sp", "ewc", "kfac"]
 _DEFAULT_STRENGTH: dict[Kind, float] = {"l2sp": 2.0, "ewc": 1000.0, "kfac": 100.0}
@@ -72,8 +72,7 @@ class WeightAnchor(EditCallback):
     Raises:
         EditError: an argument is invalid. For a decoupled update: the optimizer has no learning rate, or learning rate
             * strength exceeds 1, which would move weights past w0. For "ewc" and "kfac": the model is not a causal
-            language model, or the parameters are sharded. For "kfac": the scope contains parameters that are not
-            supported.
+            language model. For "kfac": the scope contains parameters that are not supported.
 
     References:
         Explicit Inductive Bias for Transfer Learning with Convolutional Networks (L2-SP), arXiv 1802.01483.
@@ -221,7 +220,7 @@ class WeightAnchor(EditCallback):
         anchors = self._anchors.state()
         # The Fisher information and the factors of these weights were computed before an earlier run. A new process
         # cannot compute them again.
-        fisher = {name: information for name, information in self._fisher.items() if name in anchors}
+        fisher = {name: full_tensor(information) for name, information in self._fisher.items() if name in anchors}
         return {"anchor_weights": anchors, "fisher": fisher, "factors": self._factors.only(set(anchors)).state()}
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -247,11 +246,11 @@ class WeightAnchor(EditCallback):
                 matrix, factors = self._layers[name].as_matrix(change), self._factors
                 # The sums are divided afterwards, so that no mean has to be stored.
                 outputs, inputs = factors.gradients[name], factors.inputs[name]
-                terms.append(second_order_divergence(matrix, outputs.sum / outputs.count, inputs.sum) / inputs.count)
+                terms.append(divergence(matrix, outputs.sum / outputs.count, inputs.sum) / inputs.count)
                 continue
             square = change.square()
             if self.kind == "ewc":
-                square = self._fisher[name].to(square.device) * square
+                square = shard_like(self._fisher[name].to(square.device), square) * square
             terms.append(0.5 * full_tensor(square.sum()))
         # The layers of a model may be on several devices.
         return self.strength * torch.stack([term.to(terms[0].device) for term in terms]).sum()

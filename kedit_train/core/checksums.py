@@ -8,8 +8,9 @@ from itertools import accumulate
 import numpy as np
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
-from kedit_train.core.drift.shards import local_part
+from kedit_train.core.drift.shards import local_part, reduce_over_shards
 
 # Number of 64-bit words in a row, if the words of a tensor are arranged in rows. The widths of weight matrices are
 # usually even. The number here is odd, so that a regular change of a matrix (two swapped columns, a flipped sign) is
@@ -104,11 +105,17 @@ def _combine(summaries: list[list[Tensor]]) -> Tensor:
 def first_not_finite(tensors: Iterable[Tensor]) -> int | None:
     """Return the position of the first tensor that contains NaN or infinity, or None.
 
-    For a sharded tensor, only the local shard is checked.
+    If a tensor is sharded, every process must call this function, and all of them get the same result.
     """
-    local = [local_part(tensor.detach()) for tensor in tensors]
-    sums = [value.sum() for value in local]
-    if not sums or bool(torch.stack([s.to(sums[0].device, torch.float32) for s in sums]).isfinite().all()):
+    given = list(tensors)
+    if not given:
+        return None
+    local = [local_part(tensor.detach()) for tensor in given]
+    sharded = next((tensor for tensor in given if isinstance(tensor, DTensor)), given[0])
+    sums = [value.sum().to(local[0].device, torch.float32) for value in local]
+    if not bool(reduce_over_shards((~torch.stack(sums).isfinite()).float(), sharded, "max").any()):
         return None
     # A sum of finite numbers can overflow, so each entry is checked if a sum is not finite.
-    return next((i for i, value in enumerate(local) if not bool(value.isfinite().all())), None)
+    found = torch.stack([(~value.isfinite()).any().to(local[0].device, torch.float32) for value in local])
+    positions = reduce_over_shards(found, sharded, "max").nonzero().flatten().tolist()
+    return positions[0] if positions else None

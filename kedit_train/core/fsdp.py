@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
@@ -40,6 +40,36 @@ def reshard(root: nn.Module) -> None:
     for module in root.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
+
+
+def gathered_parameters(root: nn.Module, scope: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """Return the complete parameters that the forward pass of a model uses.
+
+    FSDP2 uses the same parameter objects in every forward pass. Their memory is freed in between, so they serve only
+    as inputs of ``torch.autograd.grad``.
+
+    Args:
+        root: the module that the training loop trains. Its forward pass must have run before.
+        scope: name -> parameter, sharded or not.
+
+    Returns:
+        name -> the gathered parameter, or the parameter itself if FSDP2 does not shard it.
+    """
+    reshard(root)
+    names = {id(parameter): name for name, parameter in scope.items()}
+    places: dict[str, tuple[nn.Module, str]] = {}
+    for module in root.modules():
+        for key, parameter in module.named_parameters(recurse=False):
+            if id(parameter) in names:
+                places[names[id(parameter)]] = (module, key)
+    found: dict[str, Tensor] = dict(scope)
+    for unit in root.modules():
+        if isinstance(unit, FSDPModule):
+            unit.unshard()
+            current = {name: getattr(module, key) for name, (module, key) in places.items()}
+            found |= {name: parameter for name, parameter in current.items() if not isinstance(parameter, DTensor)}
+            unit.reshard()
+    return found
 
 
 def check_precision(scope: Iterable[nn.Parameter], widened: bool) -> None:

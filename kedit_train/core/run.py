@@ -207,7 +207,7 @@ class EditRun(RunState):
             except Exception as error:
                 # The other callbacks have hooks to remove, too.
                 errors.append(error)
-        for part in (self.steps, self._loss_head, self._head, self.packing):
+        for part in (self.steps, self._loss_head, self._head, self.packing, self.zero):
             if part is not None:
                 part.remove()
         for parameter, requires_grad in self.requires_grad_before.items():

@@ -12,6 +12,7 @@ from kedit_train.core.fsdp import reshard
 from kedit_train.core.full_precision import FullPrecision
 from kedit_train.core.locality.divergence_penalty import DivergencePenalty
 from kedit_train.core.output_head import find_language_model
+from kedit_train.core.zero import ZeroSteps
 from kedit_train.edit import Edit
 from kedit_train.quantized_layers import PackingGuard, check_not_packed
 
@@ -34,6 +35,7 @@ class RunState:
         full_precision: whether a half-precision scope is trained in fp32.
         masters: the object that keeps the scoped parameters in fp32, or None if they are not trained in fp32.
         packing: the object that keeps the gradient of 4-bit layers on a CPU.
+        zero: the object that takes part in the steps of DeepSpeed ZeRO-1 or ZeRO-2, or None.
         penalties: the penalties of this run on divergences from the model before the edit.
         scores: the latest published value of each metric, by metric key. Callbacks publish and read these values.
         published_at: the optimizer step at which each metric was last published, by metric key.
@@ -58,6 +60,7 @@ class RunState:
         self.full_precision = False
         self.frozen_outside = False
         self.masters: FullPrecision | None = None
+        self.zero: ZeroSteps | None = None
         self.penalties: list[DivergencePenalty] = []
         self.scores: dict[str, float] = {}
         self.published_at: dict[str, int] = {}
@@ -90,6 +93,13 @@ class RunState:
     def needs_reference(self) -> bool:
         """Whether a callback reads ``reference``, the values from before the edit, during training."""
         return any(callback.constrains or callback.anchors for callback in self.callbacks)
+
+    def backward(self, penalty: Tensor) -> None:
+        """Add the gradients of a penalty to the gradients of the next optimizer step."""
+        if self.zero is None:
+            penalty.backward()
+        else:
+            self.zero.add_penalty(penalty)
 
     def is_required(self, name: str) -> bool:
         """Return whether a callback of this run requires the metric key or capability ``name``."""

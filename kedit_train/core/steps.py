@@ -66,8 +66,8 @@ class OptimizerSteps:
         # The hooks are registered now, to detect a loop that never announces a step. The hooks hold weak references,
         # because global hooks would otherwise keep the model in memory.
         self._handles: list[Any] = [
-            register_optimizer_step_pre_hook(weak_hook(self._pre_hook)),
-            register_optimizer_step_post_hook(weak_hook(self._post_hook)),
+            register_optimizer_step_pre_hook(weak_hook(self.pre_hook)),
+            register_optimizer_step_post_hook(weak_hook(self.post_hook)),
         ]
 
     @property
@@ -267,7 +267,7 @@ class OptimizerSteps:
                 "after backward()."
             )
 
-    def _pre_hook(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    def pre_hook(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self.integrity.check_optimizer(optimizer)
         if not self._names(optimizer):
             return
@@ -294,7 +294,7 @@ class OptimizerSteps:
                     )
 
     @torch.no_grad()
-    def _post_hook(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    def post_hook(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         names = self._names(optimizer)
         if not names:
             return

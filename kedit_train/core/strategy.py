@@ -9,6 +9,7 @@ from kedit_train.core.full_precision import FullPrecision
 from kedit_train.core.integrity import uses_deepspeed
 from kedit_train.core.processes import check_launcher, is_distributed
 from kedit_train.core.state import RunState
+from kedit_train.core.zero import ZeroSteps, unsupported_reason, zero_optimizer
 from kedit_train.errors import EditError
 
 
@@ -26,10 +27,13 @@ def follow_strategy(run: RunState) -> None:
     shapes = {name: run.shapes[name] for name in run.scope}
     current = dict(run.model.named_parameters())
     lost = next((name for name in shapes if name not in current or current[name].shape != shapes[name]), None)
+    zero = zero_optimizer(run.scope)
     reason = run.host.unsupported_reason()
-    if reason is None:
+    if reason is None and zero is not None:
+        reason = unsupported_reason(zero)
+    elif reason is None:
         reason = next(filter(None, map(_flattened_by, run.root.parameters())), None)
-    if lost is not None:
+    if reason is None and lost is not None:
         reason = f"the strategy flattened, sliced or renamed the parameter {lost} of shape {tuple(shapes[lost])}"
     if reason is not None:
         raise EditError(
@@ -37,6 +41,8 @@ def follow_strategy(run: RunState) -> None:
             "(fully_shard) or a single process."
         )
     run.scope = {name: current[name] for name in shapes}
+    if zero is not None and run.zero is None:
+        run.zero = ZeroSteps(run, zero)
     check_precision(run.scope.values(), widened=run.masters is not None and bool(run.masters.dtypes))
     run.reference = {name: shard_like(value, run.scope[name]) for name, value in run.reference.items()}
 
@@ -69,6 +75,8 @@ def follow_dtype(run: RunState) -> None:
 
 def _flattened_by(parameter: Any) -> str | None:
     """Return an error reason if DeepSpeed ZeRO or FSDP1 updates a flattened copy of the parameter, else None."""
+    if hasattr(parameter, "ds_id"):
+        return "DeepSpeed ZeRO-3 divides each weight among the processes"
     if uses_deepspeed(parameter):
         return "DeepSpeed updates flattened copies of the weights"
     # FSDP1 sets this attribute on each flattened parameter, even if its wrapper is outside of the run's module.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -40,13 +40,15 @@ class AdamAverages:
     steps: int = 0
 
     def update(
-        self, gradients: Mapping[str, Tensor], loss: float
+        self, gradients: Mapping[str, Tensor], loss: float, mean: Callable[[Tensor], Tensor] = torch.mean
     ) -> tuple[float, dict[str, Tensor], dict[str, Tensor]]:
         """Update the running averages with the gradients and the loss of a step.
 
         Args:
             gradients: gradient by name.
             loss: the loss whose gradients are given.
+            mean: function that returns the mean of all entries of a tensor. Tensors that are sharded over processes
+                need a function that adds up the shards.
 
         Returns:
             The average loss and the average gradients, with bias correction, and the directions of Adam. A direction is
@@ -65,6 +67,6 @@ class AdamAverages:
             self.squares[name] = torch.lerp(self.squares[name], gradient.square(), 1 - _BETA2)
             means[name], roots = self.means[name] / first, (self.squares[name] / second).sqrt()
             # The smallest positive number avoids 0 / 0.
-            floor = _EPSILON * roots.mean() + torch.finfo(roots.dtype).tiny
+            floor = _EPSILON * mean(roots) + torch.finfo(roots.dtype).tiny
             directions[name] = means[name] / (roots + floor)
         return self.loss / first, means, directions

@@ -11,6 +11,7 @@ References:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -86,7 +87,9 @@ def _eigen(factor: Tensor) -> tuple[Tensor, Tensor]:
     return values.flip(0).clamp(min=0.0), vectors.flip(1)
 
 
-def project_low_curvature(delta: Tensor, curvature: Curvature) -> Tensor:
+def project_low_curvature(
+    delta: Tensor, curvature: Curvature, reduce: Callable[[Tensor], Tensor] | None = None
+) -> Tensor:
     """Remove the directions of high curvature from a change.
 
     The result equals ``U_S ((U_Sᵀ D U_A) * M) U_Aᵀ``. D is the change. U_S contains all eigenvectors of the output
@@ -96,10 +99,13 @@ def project_low_curvature(delta: Tensor, curvature: Curvature) -> Tensor:
     Args:
         delta: [out, in], the change, in the dtype of the curvature. For a ``Conv1D``, pass the transposed change.
         curvature: from :func:`high_curvature`.
+        reduce: function that sums a matrix [p, q] over all processes, if each process has only some rows of ``delta``
+            and the same rows of ``curvature.left``. None if ``delta`` is complete.
 
     Returns:
         [out, in].
     """
     with full_precision(delta.device.type):
-        inner = (curvature.left.T @ delta @ curvature.right) * curvature.high
+        pairs = curvature.left.T @ delta @ curvature.right
+        inner = (pairs if reduce is None else reduce(pairs)) * curvature.high
         return delta - curvature.left @ inner @ curvature.right.T

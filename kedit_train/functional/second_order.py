@@ -32,12 +32,26 @@ def second_order_divergence(change: Tensor, output_moment: Tensor | None, input_
         >>> second_order_divergence(torch.ones(2, 3), torch.eye(2), torch.eye(3))
         tensor(3.)
     """
-    fixed = change.detach()
-    gradient = fixed @ input_moment
+    gradient = change.detach() @ input_moment
     if output_moment is not None:
         gradient = output_moment @ gradient
-    # Autograd would compute both products again in the backward pass.
-    return (change * gradient).sum() - 0.5 * (fixed * gradient).sum()
+    return divergence_of_gradient(change, gradient)
+
+
+def divergence_of_gradient(change: Tensor, gradient: Tensor) -> Tensor:
+    """Return the estimated divergence of a change, computed from its gradient.
+
+    Autograd would compute the products with the moments a second time in the backward pass. Here it does not, because
+    the gradient is already known.
+
+    Args:
+        change: D, [out, in].
+        gradient: ``S D A``, [out, in], without a graph.
+
+    Returns:
+        A scalar, ``1/2 tr(S D A Dᵀ)``. It can be differentiated once with respect to ``change``.
+    """
+    return (change * gradient).sum() - 0.5 * (change.detach() * gradient).sum()
 
 
 def inverse_root(moment: Tensor, damping: float) -> Tensor:

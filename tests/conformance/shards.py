@@ -6,6 +6,7 @@ import gc
 import json
 import os
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,11 @@ import torch
 import torch.distributed as dist
 from conformance.hosts import collator
 from conformance.settings import TEXTS
+from conformance.shard_products import compared
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from kedit_train import world
@@ -29,7 +32,9 @@ from kedit_train.callbacks import (
     NullSpace,
     ParameterScope,
     PolyakStep,
+    SaveDelta,
     SecondOrderLocality,
+    SubjectTokens,
     TokenSmoothing,
     WeightAnchor,
     editing,
@@ -49,9 +54,26 @@ def smoothing() -> TokenSmoothing:
     return TokenSmoothing(epsilon=0.01, reduction="sample")
 
 
+def subjects() -> SubjectTokens:
+    return SubjectTokens(edits=EditDataset(world.edits(n=BATCH * STEPS)))
+
+
+def mask_by_gradient() -> GradientMask:
+    return GradientMask("gradient", edits=EditDataset(world.edits(n=BATCH)))
+
+
+def kfac() -> WeightAnchor:
+    return WeightAnchor("kfac", strength=10.0, texts=TEXTS)
+
+
 CASES: dict[str, Callable[[], list[Any]]] = {
     "exact": lambda: [scope(), NormBall(2e-3), GradientMask("magnitude", density=0.5), WeightAnchor(strength=10.0)],
-    "l2": lambda: [scope(), NormBall(2e-2, norm="l2", per="scope"), WeightAnchor(strength=5.0, decoupled=False)],
+    "l2": lambda: [
+        scope(),
+        NullSpace(texts=TEXTS, batch_size=1),
+        NormBall(2e-2, norm="l2", per="scope"),
+        WeightAnchor(strength=5.0, decoupled=False),
+    ],
     "kl": lambda: [scope(), KLLocality(texts=TEXTS, batch_size=2, weight=100.0)],
     "smoothing": lambda: [scope(), smoothing()],
     # The head, tied to the embedding, is among the parameters that FSDP2 keeps gathered until the backward pass.
@@ -60,15 +82,43 @@ CASES: dict[str, Callable[[], list[Any]]] = {
         smoothing(),
         KLLocality(texts=TEXTS, batch_size=2, weight=10.0),
     ],
+    # With batches of one text, the second process has one batch less than the first one.
+    "null space": lambda: [scope(), NullSpace(texts=TEXTS, batch_size=1), smoothing(), PolyakStep(0.05), subjects()],
+    "curvature": lambda: [scope(), LowCurvature(texts=TEXTS, batch_size=1), kfac()],
+    "fisher": lambda: [scope(), WeightAnchor("ewc", strength=100.0, texts=TEXTS), mask_by_gradient()],
+    "second order": lambda: [scope(), smoothing(), SecondOrderLocality(texts=TEXTS, batch_size=1)],
 }
-REFUSED: dict[str, Callable[[], list[Any]]] = {
-    "NullSpace": lambda: [scope(), NullSpace(texts=TEXTS)],
-    "LowCurvature": lambda: [scope(), LowCurvature(texts=TEXTS)],
-    "SecondOrderLocality": lambda: [scope(), smoothing(), SecondOrderLocality(texts=TEXTS)],
-    "PolyakStep": lambda: [scope(), smoothing(), PolyakStep()],
-    "GradientMask": lambda: [scope(), GradientMask("gradient", edits=EditDataset(world.edits(n=BATCH)))],
-    "WeightAnchor": lambda: [scope(), WeightAnchor("ewc", texts=TEXTS)],
-}
+
+
+class Gathered(EditCallback):
+    """Records how many entries of gathered tensors exist at the same time while ``SaveDelta`` writes its file."""
+
+    order = 94
+
+    def attach(self, run: Any) -> None:
+        self.most = 0
+        self._alive: dict[int, int] = {}
+        self._gather = DTensor.full_tensor
+
+    def finish(self, run: Any) -> None:
+        def full_tensor(tensor: Any, **options: Any) -> Tensor:
+            whole = self._gather(tensor, **options)
+            number = len(self._alive) + 1
+            while number in self._alive:
+                number += 1
+            self._alive[number] = whole.numel()
+            weakref.finalize(whole, self._alive.pop, number)
+            self.most = max(self.most, sum(self._alive.values()))
+            return whole
+
+        DTensor.full_tensor = full_tensor
+
+    def detach(self, run: Any) -> None:
+        DTensor.full_tensor = self._gather
+
+
+# Adam divides by the size of each gradient entry, which enlarges rounding errors. In fp64, they stay small.
+IN_FP64 = ("null space", "curvature", "fisher", "second order")
 
 
 class Rows(EditCallback):
@@ -117,6 +167,7 @@ def train(
     before: bool = False,
     dtype: torch.dtype = torch.float32,
     loss: Any = None,
+    edits: Any = None,
 ) -> dict[str, Tensor]:
     """Train and return the gathered weights. ``before`` shards the model before the edit begins."""
     torch.manual_seed(0)
@@ -125,7 +176,7 @@ def train(
     model.to(dtype)
     if style == "head":
         model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
-    rows, put = EditDataset(world.edits(n=BATCH * STEPS)).encode(tokenizer), collator(tokenizer)
+    rows, put = (edits or EditDataset(world.edits(n=BATCH * STEPS))).encode(tokenizer), collator(tokenizer)
     model.train()
     if before and size > 1:
         shard(model, style)
@@ -173,16 +224,21 @@ def main(folder: Path) -> None:
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if size > 1:
         dist.init_process_group("gloo")
-    for name, case in CASES.items():
+    for name, case in ((n, CASES[n]) for n in json.loads((folder / "cases.json").read_text())):
         for style in json.loads((folder / "styles.json").read_text()) if size > 1 else ("one",):
-            rows = Rows()
+            rows, gathered = Rows(), Gathered()
             # One style is applied before the edit begins, the other one during it.
-            weights = train([*case(), rows], style, rank, size, before=style == "root")
+            dtype = torch.float64 if name in IN_FP64 else torch.float32
+            saved = [gathered, SaveDelta(str(folder / f"{name}-{style}.delta.safetensors"))] if name == "exact" else []
+            weights = train([*case(), rows, *saved], style, rank, size, before=style == "root", dtype=dtype)
             save_file(weights, folder / f"{name}-{style}-{rank}.safetensors")
             save_file(rows.answers, folder / f"{name}-{style}-{rank}-answers.safetensors")
             (folder / f"{name}-{style}-{rank}.json").write_text(json.dumps(rows.rows))
+            if saved:
+                (folder / f"gathered-{style}-{rank}.json").write_text(json.dumps(gathered.most))
     if size > 1:
-        refused = {name: refusal(case(), "layers", rank, size) for name, case in REFUSED.items()}
+        (folder / f"products-{rank}.json").write_text(json.dumps(list(compared(size))))
+        refused = {}
         refused["head again"] = refusal(CASES["smoothing"](), "resharded", rank, size)
         refused["head alone"] = refusal(CASES["everything"](), "head", rank, size)
         refused["gradients"] = refusal([scope(), NormBall(1e-3)], "root", rank, size, loss=past_the_outputs)

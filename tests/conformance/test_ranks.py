@@ -49,7 +49,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequ
             name = parameters.get("callback", ranks.TOGETHER)
             pairs |= {(name, parameters["host"]), ("ParameterScope", parameters["host"])}
     (folder / "pairs.json").write_text(json.dumps(sorted(pairs)))
-    environment = {**os.environ, "PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": f"{TESTS.parent}{os.pathsep}{TESTS}", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command += ["-m", "conformance.ranks", str(folder)]
     done = subprocess.run(command, cwd=TESTS, env=environment, capture_output=True, text=True, timeout=900, check=False)

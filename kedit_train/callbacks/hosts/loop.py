@@ -16,6 +16,7 @@ from kedit_train.core.host import Host
 from kedit_train.core.processes import is_distributed, rank
 from kedit_train.core.resume import check_scope, check_state, has_other_weights
 from kedit_train.core.run import EditRun
+from kedit_train.core.strategy import follow_strategy
 from kedit_train.data.chat_format import PromptFormat, read_format
 from kedit_train.errors import EditError
 
@@ -75,8 +76,7 @@ class LoopHost(Host):
         return rank() == 0
 
     def is_editing(self, run: EditRun) -> bool:
-        # The run is closed when its block ends, also after an error.
-        return True
+        return True  # The run is closed when its block ends, also after an error.
 
     def unsupported_reason(self) -> str | None:
         launched = int(os.environ.get("WORLD_SIZE", "1"))
@@ -205,6 +205,7 @@ class Editing:
         run = self.run
         if run.has_started:
             raise EditError("the edit has begun; call edit.load_state_dict() before the first edit.before_step().")
+        follow_strategy(run)  # fully_shard may have replaced the parameters.
         check_state(state)
         check_scope(run, state)
         if has_other_weights(run, state):
@@ -240,7 +241,7 @@ class Editing:
             run.steps.begin(scaler)
         penalty = run.steps.penalty()
         if penalty is not None:
-            (penalty if scaler is None else scaler.scale(penalty)).backward()
+            run.backward(penalty if scaler is None else scaler.scale(penalty))
             self._host.watch_penalties(run)
 
     def _is_pending(self) -> bool:
@@ -283,8 +284,7 @@ def editing(
     """Turn a hand-written training loop into an edit.
 
     Enter the ``with`` block before you create the optimizer, and before ``fabric.setup`` or DDP wraps the model. Call
-    ``edit.before_step()`` before every optimizer step. Leave the block when training is over. The model is then an
-    ordinary module again, with the edited weights.
+    ``edit.before_step()`` before every optimizer step. After the block, the model is an ordinary module again.
 
     Args:
         model: the module to train. A language model may also be a submodule of this module.

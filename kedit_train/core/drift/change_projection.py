@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from kedit_train.core.drift.gradient_projection import project_gradients
 from kedit_train.core.drift.linear_layers import LinearLayer
+from kedit_train.core.drift.shards import total
 from kedit_train.errors import EditError
 from kedit_train.functional.precision import wide
 
@@ -23,7 +24,8 @@ class ChangeProjection:
         layers: name -> linear layer of the weight.
         subspaces: name -> named tuple that describes the directions to remove for this weight.
         project: function that receives a change [out, in] in fp32 or fp64 and a subspace. It returns the change
-            [out, in] without the directions of the subspace. The function must be linear.
+            [out, in] without the directions of the subspace. The function must be linear. With FSDP2, the change and
+            the result are sharded in the same way as the weight.
         project_gradient: function with the same result for a gradient, up to rounding. Default: ``project``.
     """
 
@@ -71,12 +73,12 @@ class ChangeProjection:
         The ratio is the norm of the part of the change that lies in the removed directions, divided by the norm of the
         whole change. Each norm is taken over all weights together. The result is None if no weight has changed.
         """
-        removed, total = 0.0, 0.0
+        removed, whole = 0.0, 0.0
         for name in self.subspaces:
             change = self.layers[name].as_matrix(wide(weights[name].detach()) - wide(reference[name]))
-            removed += float((change - self._projected(name, change)).double().square().sum())
-            total += float(change.double().square().sum())
-        return (removed / total) ** 0.5 if total else None
+            removed += total([(change - self._projected(name, change)).double().square()])
+            whole += total([change.double().square()])
+        return (removed / whole) ** 0.5 if whole else None
 
     def state(self) -> dict[str, dict[str, Any]]:
         """Return the subspaces as plain dictionaries for a checkpoint."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from kedit_train.core.drift.kfac import KFACFactors, kfac_factors
 from kedit_train.core.drift.kfac_file import WITHOUT_FIRST, load_factors, save_factors
 from kedit_train.core.drift.linear_layers import LinearLayer
-from kedit_train.core.drift.model_batches import find_text_model, share_of_process, text_batches
+from kedit_train.core.drift.model_batches import find_text_model, process_batches
 from kedit_train.core.drift.second_moments import input_moments
 from kedit_train.core.fingerprint import fingerprint
 from kedit_train.core.run import EditRun
@@ -64,7 +64,7 @@ def factors_of_texts(
     run.host.show_progress(f"computing statistics of {len(sequences)} texts for {len(layers)} weights")
     if inputs_only:
         device = next(run.model.parameters()).device
-        batches = text_batches(share_of_process(sequences), batch_size, device)
+        batches = process_batches(sequences, batch_size, device)
         inputs = (batch.without_first() if skip_first else batch for batch in batches)
         factors = KFACFactors(input_moments(run, layers, find_text_model(run), inputs), {})
     else:

@@ -6,12 +6,15 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 
+from kedit_train.core.fsdp import gathered_parameters, shard_like
 from kedit_train.core.output_head import evaluation_mode
 from kedit_train.core.run import EditRun
 from kedit_train.data.tokenization import Encoded
 from kedit_train.errors import EditError
+from kedit_train.functional.precision import wide
 
 # (logits [T, V], token ids of the text [T]) -> labels [T]
 LabelRule = Callable[[Tensor, Tensor], Tensor]
@@ -25,7 +28,8 @@ def mean_gradient(run: EditRun, examples: Sequence[Encoded]) -> dict[str, Tensor
         examples: tokenized edits; only their target tokens are scored.
 
     Returns:
-        name -> gradient in the shape of the parameter, in fp32 (fp64 for fp64 parameters).
+        name -> gradient in the shape of the parameter, in fp32 (fp64 for fp64 parameters). With FSDP2, it is sharded in
+        the same way as the parameter.
     """
     return _mean_over_tokens(run, examples, lambda logits, ids: ids, lambda gradient: gradient)
 
@@ -48,7 +52,8 @@ def diagonal_fisher(run: EditRun, examples: Sequence[Encoded], *, seed: int = 0)
         seed: seed of the sampled labels.
 
     Returns:
-        name -> information in the shape of the parameter, non-negative, in fp32 (fp64 for fp64 parameters).
+        name -> information in the shape of the parameter, non-negative, in fp32 (fp64 for fp64 parameters). With FSDP2,
+        it is sharded in the same way as the parameter.
 
     References:
         Overcoming catastrophic forgetting in neural networks, arXiv 1612.00796.
@@ -84,14 +89,15 @@ def _mean_over_tokens(
     run: EditRun, examples: Sequence[Encoded], label: LabelRule, transform: Callable[[Tensor], Tensor]
 ) -> dict[str, Tensor]:
     """Sum ``transform(gradient)`` over the examples, and divide the sum by the number of scored tokens."""
-    head, parameters = run.head(), list(run.scope.values())
-    if any(hasattr(p, "device_mesh") for p in parameters):
+    head = run.head()
+    # Every process reads all examples, so its gradients are complete without a reduction over the processes.
+    parameters = list(gathered_parameters(run.root, run.scope).values())
+    if any(isinstance(p, DTensor) for p in parameters):
         raise EditError(
-            "gradients per example cannot be computed for sharded parameters (FSDP2, tensor parallelism); compute the "
-            "mask or the Fisher information in a single process first."
+            "gradients per example cannot be computed with tensor parallelism; compute the mask or the Fisher "
+            "information in a single process first."
         )
-    dtypes = [torch.promote_types(p.dtype, torch.float32) for p in parameters]
-    totals = [torch.zeros(p.shape, dtype=dtype, device=p.device) for p, dtype in zip(parameters, dtypes, strict=True)]
+    totals = [wide(torch.zeros_like(p.detach())) for p in run.scope.values()]
     device = next(run.model.parameters()).device
     hide_bar = not run.host.is_main or len(examples) < 64
     with run.reference_model(), evaluation_mode(run.model), torch.enable_grad(), run.host.forward_context():
@@ -108,6 +114,6 @@ def _mean_over_tokens(
             gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
             for total, gradient in zip(totals, gradients, strict=True):
                 if gradient is not None:
-                    total += transform(gradient.to(total.dtype))
+                    total += shard_like(transform(gradient.to(total.dtype)), total)
     tokens = sum(len(example.input_ids) - example.target_start for example in examples)
     return {name: total.div_(tokens) for name, total in zip(run.scope, totals, strict=True)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kedit_train.core.drift.linear_layers import LinearLayer
-from kedit_train.core.drift.model_batches import Batch, share_of_process, text_batches
+from kedit_train.core.drift.model_batches import Batch, missing_batches, share_of_process, text_batches
 from kedit_train.core.drift.second_moments import SecondMoment, layer_input, sum_over_processes, zero_moment
 from kedit_train.core.output_head import OutputHead, evaluation_mode
 from kedit_train.core.run import EditRun
@@ -119,7 +119,10 @@ def kfac_factors(
         inputs[name], gradients[name] = zero_moment(run.scope[name], d_in), zero_moment(run.scope[name], d_out)
     generator = torch.Generator().manual_seed(seed)
     numbered = [(list(ids), torch.rand(len(ids), generator=generator, dtype=torch.float64)) for ids in sequences]
-    numbered = sorted(share_of_process(numbered), key=lambda pair: len(pair[0]))
+    own = sorted(share_of_process(numbered), key=lambda pair: len(pair[0]))
+    parts = [own[start : start + batch_size] for start in range(0, len(own), batch_size)]
+    # Every process must call the model equally often. Additional batches of one sequence are not counted.
+    extra = [numbered[:1]] * missing_batches(len(numbered), len(own), batch_size)
     device = next(run.model.parameters()).device
     batch: Batch
 
@@ -134,10 +137,9 @@ def kfac_factors(
     hooks = [m.register_forward_hook(hook(n), with_kwargs=True) for n, layer in layers.items() for m in layer.modules]
     try:
         with weights, evaluation_mode(run.model), run.host.forward_context(), torch.enable_grad():
-            for start in range(0, len(numbered), batch_size):
-                part = numbered[start : start + batch_size]
+            for number, part in enumerate([*parts, *extra]):
                 batch = next(text_batches([ids for ids, _ in part], len(part), device))
-                batch = batch.without_first() if skip_first else batch
+                batch = replace(batch.without_first() if skip_first else batch, counted=number < len(parts))
                 uniform = torch.cat([numbers for _, numbers in part]).to(device, torch.float32)
                 loss = _loss_on_sampled_labels(head, batch, uniform)
                 at_outputs = torch.autograd.grad(loss, [output for _, output in outputs], allow_unused=True)

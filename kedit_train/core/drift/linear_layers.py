@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
+from kedit_train.core.drift.shards import has_whole_rows
 from kedit_train.core.scope.experts import is_stack
 from kedit_train.errors import EditError
 
@@ -45,7 +46,7 @@ def find_linear_layers(model: nn.Module, scope: Mapping[str, nn.Parameter]) -> d
 
     Raises:
         EditError: a parameter is not the weight of a linear layer (a bias, an embedding, a norm, stacked experts), is
-            quantized, or is sharded.
+            quantized, or is sharded along another dimension than the first.
     """
     owners: dict[int, list[tuple[nn.Module, str]]] = {id(p): [] for p in scope.values()}
     for module in model.modules():
@@ -54,10 +55,10 @@ def find_linear_layers(model: nn.Module, scope: Mapping[str, nn.Parameter]) -> d
                 owners[id(parameter)].append((module, key))
     layers, others = {}, []
     for name, parameter in scope.items():
-        if isinstance(parameter, DTensor):
+        if isinstance(parameter, DTensor) and not has_whole_rows(parameter):
             raise EditError(
-                f"{name} is sharded over processes (DTensor), but this callback needs the whole weight; train with "
-                "DDP instead of FSDP2, or remove this callback."
+                f"{name} must be sharded along its first dimension, got {parameter.placements}; use fully_shard "
+                "without shard_placement_fn and without tensor parallelism, train with DDP, or remove this callback."
             )
         if is_stack(name, parameter.shape):
             raise EditError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from kedit_train.core.drift.linear_layers import LinearLayer
+from kedit_train.core.drift.shards import total
 from kedit_train.core.run import EditRun
 from kedit_train.errors import EditError
 
@@ -24,7 +25,7 @@ def lora_pairs(run: EditRun, layers: Mapping[str, LinearLayer]) -> dict[str, str
     """
     pairs = {name: _partner(name) for name in layers if ".lora_A." in name and _partner(name) in layers}
     for partner in pairs.values():
-        if bool(run.reference[partner].any()):
+        if total([run.reference[partner] != 0]):
             raise EditError(
                 f"{partner} is not zero, so the adapter already changes the model. Training both factors of this LoRA "
                 "adapter would not preserve the outputs; merge the adapter and add a new adapter, or train only one "

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -25,10 +26,13 @@ class Batch:
     Attributes:
         inputs: keyword arguments as a mapping, or positional arguments as a tuple.
         mask: [batch, sequence] bool, True for real tokens. None if there is no padding.
+        counted: whether statistics are computed from the batch. False if the model is only called so that every process
+            calls it equally often. Otherwise FSDP2 would wait forever for the other processes.
     """
 
     inputs: tuple[Any, ...] | Mapping[str, Any]
     mask: Tensor | None = None
+    counted: bool = True
 
     def call(self, model: nn.Module) -> Any:
         """Run the model on this batch."""
@@ -39,10 +43,10 @@ class Batch:
         assert isinstance(self.inputs, Mapping)
         mask = self.inputs["attention_mask"].bool().clone()
         mask[:, 0] = False
-        return Batch(self.inputs, mask)
+        return replace(self, mask=mask)
 
     def real_tokens(self, values: Tensor, name: str) -> Tensor:
-        """Return the vectors of real tokens, without the vectors of padding.
+        """Return the vectors of real tokens, without the vectors of padding. A batch that is not counted has none.
 
         Args:
             values: [batch, sequence, d] or [batch * sequence, d].
@@ -55,6 +59,8 @@ class Batch:
             EditError: the values do not have one vector per token of the batch.
         """
         vectors = values.reshape(-1, values.shape[-1])
+        if not self.counted:
+            return vectors[:0]
         if self.mask is None:
             return vectors
         flat = values.ndim == 2 and len(values) == self.mask.numel()
@@ -76,6 +82,26 @@ def text_batches(sequences: Sequence[Sequence[int]], batch_size: int, device: to
         yield Batch({"input_ids": ids, "attention_mask": mask}, None if bool(mask.all()) else mask.bool())
 
 
+def process_batches(sequences: Sequence[Sequence[int]], batch_size: int, device: torch.device) -> Iterator[Batch]:
+    """Yield the text batches that this process handles. Every process gets the same number of batches."""
+    own = share_of_process(sequences)
+    yield from text_batches(own, batch_size, device)
+    for _ in range(missing_batches(len(sequences), len(own), batch_size)):
+        yield replace(next(text_batches(sequences[:1], 1, device)), counted=False)
+
+
+def missing_batches(count: int, own: int, batch_size: int) -> int:
+    """Return how many fewer batches this process has than the process with the most batches.
+
+    Args:
+        count: number of items of all processes together, divided by :func:`share_of_process`.
+        own: number of items of this process.
+        batch_size: number of items in a batch.
+    """
+    most = math.ceil(count / world_size())
+    return math.ceil(most / batch_size) - math.ceil(own / batch_size)
+
+
 def holds_model_inputs(source: Any) -> bool:
     """Return whether ``source`` contains model inputs (tensors, or tuples or mappings of tensors), not texts."""
     if isinstance(source, str) or not isinstance(source, Iterable):
@@ -90,15 +116,17 @@ def _holds_tensor(value: Any) -> bool:
 
 
 def model_input_batches(source: Iterable[Any], device: torch.device) -> Iterator[Batch]:
-    """Yield the batches of model inputs that this process handles.
+    """Yield the batches of model inputs that this process handles. Every process gets the same number of batches.
 
     Args:
         source: one item per forward pass: a mapping (keyword arguments), a tuple or list (positional arguments) or a
             tensor.
         device: device to which the tensors are moved.
     """
-    for item in islice(source, rank(), None, world_size()):
-        yield model_input_batch(item, device)
+    items = iter(source)
+    while group := list(islice(items, world_size())):
+        own = rank() < len(group)
+        yield replace(model_input_batch(group[rank() if own else 0], device), counted=own)
 
 
 def model_input_batch(item: Any, device: torch.device) -> Batch:

@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from kedit_train.core.drift.linear_layers import LinearLayer
 from kedit_train.core.drift.model_batches import Batch
+from kedit_train.core.fsdp import reshard
 from kedit_train.core.output_head import evaluation_mode
 from kedit_train.core.processes import is_distributed, rank
 from kedit_train.core.run import EditRun
@@ -93,6 +94,7 @@ def input_moments(
     Raises:
         EditError: a layer was never called, or does not receive one vector per token.
     """
+    reshard(run.root)
     moments = {
         name: zero_moment(run.scope[name], layer.as_matrix(run.scope[name]).shape[1]) for name, layer in layers.items()
     }

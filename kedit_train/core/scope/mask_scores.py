@@ -114,13 +114,18 @@ def score_entries(
     length = context_length(getattr(run.model, "config", None))
     sequences = score.sample(edits.encode(run.tokenizer(), max_length=length))
     if score.name == "gradient":
-        return {name: gradient.abs() for name, gradient in mean_gradient(run, sequences).items()}, None
-    on_edits = diagonal_fisher(run, sequences, seed=score.seed)
+        return {n: full_tensor(gradient).abs() for n, gradient in mean_gradient(run, sequences).items()}, None
+    on_edits = _complete(diagonal_fisher(run, sequences, seed=score.seed))
     if score.name == "fisher":
         return on_edits, None
     assert texts is not None
     others = score.sample(next_token_examples(texts.tokenize(run, edits=edits)))
-    return on_edits, diagonal_fisher(run, others, seed=score.seed)
+    return on_edits, _complete(diagonal_fisher(run, others, seed=score.seed))
+
+
+def _complete(information: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    # The entries with the highest scores are chosen over the whole tensor.
+    return {name: full_tensor(values) for name, values in information.items()}
 
 
 def choose_masks(

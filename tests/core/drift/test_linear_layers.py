@@ -44,12 +44,15 @@ def test_other_parameters_are_refused_by_name(tiny):
         find_linear_layers(linear, {"bias": linear.bias})
 
 
-def test_sharded_weights_are_refused(tmp_path):
+def test_only_weights_that_are_sharded_along_another_dimension_are_refused(tmp_path):
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         model = nn.Linear(4, 2, bias=False)
-        model.weight = nn.Parameter(distribute_tensor(model.weight.detach(), init_device_mesh("cpu", (1,)), [Shard(0)]))
-        with pytest.raises(EditError, match=r"weight is sharded over processes \(DTensor\), .* train with DDP"):
+        mesh, weight = init_device_mesh("cpu", (1,)), model.weight.detach()
+        model.weight = nn.Parameter(distribute_tensor(weight, mesh, [Shard(0)]))
+        assert list(find_linear_layers(model, {"weight": model.weight})) == ["weight"]
+        model.weight = nn.Parameter(distribute_tensor(weight, mesh, [Shard(1)]))
+        with pytest.raises(EditError, match=r"weight must be sharded along its first dimension, got .*Shard\(dim=1\)"):
             find_linear_layers(model, {"weight": model.weight})
     finally:
         dist.destroy_process_group()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,11 +10,13 @@ import torch
 from core.drift.drift_runs import SEQUENCES, run_on
 from torch import nn
 
+from kedit_train.core.drift import model_batches
 from kedit_train.core.drift.model_batches import (
     Batch,
     find_text_model,
     holds_model_inputs,
     model_input_batches,
+    process_batches,
     text_batches,
 )
 from kedit_train.errors import EditError
@@ -74,3 +77,28 @@ def test_the_module_that_reads_token_ids_is_found_in_a_wrapper(tiny):
     assert find_text_model(run_on(nn.ModuleDict({"inner": model}), ["down_proj"])) is model
     with pytest.raises(EditError, match=r"Sequential has no module that reads token ids, .* the model's inputs"):
         find_text_model(run_on(nn.Sequential(nn.Linear(3, 3)), ["0"]))
+
+
+@pytest.mark.parametrize("count", [1, 4, 5, 6, 7])
+def test_every_process_gets_the_same_number_of_batches_and_each_item_is_counted_once(count: int, monkeypatch):
+    sequences = [[number] * (1 + number % 3) for number in range(1, count + 1)]
+    items = [torch.tensor([[number]]) for number in range(1, count + 1)]
+    found: dict[str, list[list[Batch]]] = {"texts": [], "inputs": []}
+    monkeypatch.setattr(model_batches, "world_size", lambda: 3)
+    for rank in range(3):
+        monkeypatch.setattr(model_batches, "rank", lambda rank=rank: rank)
+        found["texts"].append([batch.without_first() for batch in process_batches(sequences, 2, CPU)])
+        found["inputs"].append(list(model_input_batches(items, CPU)))
+    for processes in found.values():
+        assert len({len(batches) for batches in processes}) == 1
+    tokens = [
+        int(token)
+        for batches in found["texts"]
+        for batch in batches
+        for token in replace(batch, mask=batch.inputs["attention_mask"].bool()).real_tokens(
+            batch.inputs["input_ids"].unsqueeze(-1), "weight"
+        )
+    ]
+    assert sorted(tokens) == sorted(token for ids in sequences for token in ids)
+    vectors = [batch.real_tokens(batch.inputs[0], "weight") for batches in found["inputs"] for batch in batches]
+    assert sorted(int(value) for vector in vectors for value in vector) == list(range(1, count + 1))

@@ -1,0 +1,49 @@
+"""The projections of ``NullSpace`` and ``LowCurvature``, for changes that FSDP2 may have sharded."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from kedit_train.core.drift.shards import has_whole_rows, local_part, map_rows, map_whole, reduce_over_shards
+from kedit_train.core.fsdp import shard_like
+from kedit_train.functional.low_curvature import Curvature, project_low_curvature
+from kedit_train.functional.null_space import FreeSpace, project_free, project_gradient_free
+
+
+def remove_preserved(change: Tensor, space: FreeSpace) -> Tensor:
+    """Apply :func:`~kedit_train.functional.null_space.project_free`. Each process projects its own rows.
+
+    Args:
+        change: [out, in], possibly sharded.
+        space: the same on every process.
+
+    Returns:
+        [out, in], sharded in the same way as the change.
+    """
+    return map_rows(lambda rows: project_free(rows, space), change)
+
+
+def remove_preserved_from_gradient(gradient: Tensor, space: FreeSpace) -> Tensor:
+    """Apply :func:`~kedit_train.functional.null_space.project_gradient_free`, as in :func:`remove_preserved`."""
+    return map_rows(lambda rows: project_gradient_free(rows, space), gradient)
+
+
+def remove_high_curvature(change: Tensor, curvature: Curvature) -> Tensor:
+    """Apply :func:`~kedit_train.functional.low_curvature.project_low_curvature`.
+
+    If the change is sharded by rows, only a small matrix of pairs of eigenvectors is summed over the processes.
+
+    Args:
+        change: [out, in], possibly sharded.
+        curvature: the same on every process.
+
+    Returns:
+        [out, in], sharded in the same way as the change.
+    """
+    if not has_whole_rows(change):
+        return map_whole(lambda whole: project_low_curvature(whole, curvature), change)
+    # The eigenvectors of the output factor have one row per output, like the change.
+    own = curvature._replace(left=local_part(shard_like(curvature.left, change)))
+    return map_rows(
+        lambda rows: project_low_curvature(rows, own, lambda pairs: reduce_over_shards(pairs, change, "sum")), change
+    )
