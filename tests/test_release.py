@@ -5,13 +5,13 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-import tomllib
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from project_file import project_file
 
 import kedit_train
 
@@ -38,7 +38,7 @@ def make_targets() -> set[str]:
 
 
 def test_the_version_is_written_once() -> None:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    project = project_file()
     assert "version" not in project["project"]
     assert project["project"]["dynamic"] == ["version"]
     assert project["tool"]["hatch"]["version"]["path"] == "kedit_train/version.py"
@@ -91,7 +91,7 @@ def test_a_workflow_only_calls_the_makefile(path: Path) -> None:
 
 
 def test_the_tested_python_versions_are_those_of_the_package() -> None:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    project = project_file()["project"]
     tested = read(ROOT / ".github" / "workflows" / "test.yml")["jobs"]["test"]["strategy"]["matrix"]["python"]
     assert project["requires-python"] == f">={tested[0]}"
 
@@ -119,6 +119,6 @@ def test_the_citation_follows_the_format() -> None:
     assert REQUIRED_CITATION_KEYS <= citation.keys() <= CITATION_KEYS
     assert all({"name"} <= author.keys() or {"family-names"} <= author.keys() for author in citation["authors"])
     assert citation["type"] == "software"
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    project = project_file()["project"]
     assert citation["license"] == project["license"]
     assert citation["title"] == project["name"]

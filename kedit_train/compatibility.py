@@ -1,0 +1,33 @@
+"""Everything that differs between the supported versions of Python, transformers and TRL, in one place."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def sha256_of_file(path: Path) -> str:
+    """Return the SHA-256 checksum of a file as hexadecimal digits, without reading the whole file into memory.
+
+    Python 3.10 has no ``hashlib.file_digest``.
+    """
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def sft_reads_logits(args: Any) -> bool:
+    """Return whether the trainer with these arguments is an ``SFTTrainer`` that reads the logits of training steps.
+
+    Before TRL had a fused head, its trainer computed the entropy and the token accuracy of each step from the logits.
+
+    Args:
+        args: the training arguments of a ``transformers.Trainer``.
+    """
+    config, utils = (sys.modules.get(f"trl.trainer.{name}") for name in ("sft_config", "utils"))
+    is_sft = config is not None and isinstance(args, config.SFTConfig)
+    return is_sft and not hasattr(utils, "FusedCausalLMOutput") and not args.use_liger_kernel

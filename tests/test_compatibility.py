@@ -1,0 +1,48 @@
+"""What differs between the supported versions of Python, transformers and TRL."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from kedit_train.compatibility import sft_reads_logits, sha256_of_file
+
+
+@pytest.mark.parametrize("size", [0, 3, (1 << 20) + 1])
+def test_the_checksum_of_a_file_is_that_of_its_bytes(tmp_path: Path, size: int) -> None:
+    content = bytes(i % 251 for i in range(size))
+    (tmp_path / "file").write_bytes(content)
+    assert sha256_of_file(tmp_path / "file") == hashlib.sha256(content).hexdigest()
+
+
+class SFTConfig:
+    def __init__(self, use_liger_kernel: bool = False) -> None:
+        self.use_liger_kernel = use_liger_kernel
+
+
+@pytest.fixture
+def trl(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Replace the modules of TRL by those of a version without a fused head."""
+    config, utils = ModuleType("trl.trainer.sft_config"), ModuleType("trl.trainer.utils")
+    config.SFTConfig = SFTConfig  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "trl.trainer.sft_config", config)
+    monkeypatch.setitem(sys.modules, "trl.trainer.utils", utils)
+    return utils
+
+
+def test_only_sft_trainer_without_a_fused_head_reads_logits(trl: Any) -> None:
+    assert sft_reads_logits(SFTConfig())
+    assert not sft_reads_logits(SFTConfig(use_liger_kernel=True))
+    assert not sft_reads_logits(object())
+    trl.FusedCausalLMOutput = object
+    assert not sft_reads_logits(SFTConfig())
+
+
+def test_without_trl_no_trainer_reads_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "trl.trainer.sft_config", raising=False)
+    assert not sft_reads_logits(SFTConfig())
