@@ -35,7 +35,8 @@ def install(which: str, python: str, folder: Path) -> None:
     subprocess.run([python, "-m", "venv", "--clear", str(folder)], check=True)
     pip = [str(folder / "bin" / "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     pins = ["--constraint", str(ROOT / "constraints-lowest.txt")] if which == "oldest" else []
-    subprocess.run([*pip, *pins, "--editable", ".[trl,wandb,report,gguf,adapters,test]"], cwd=ROOT, check=True)
+    tools = ["peft", "pytest", "pytest-xdist", "hatchling"]
+    subprocess.run([*pip, *pins, "--editable", ".[trl,wandb,report,gguf]", *tools], cwd=ROOT, check=True)
 
 
 def installed(folder: Path) -> dict[str, str]:
@@ -52,7 +53,7 @@ def test(folder: Path, arguments: list[str], report: Path) -> int:
     """Run the tests in the environment, and return the exit status of pytest."""
     report.parent.mkdir(parents=True, exist_ok=True)
     python = (folder / "bin" / "python").absolute()
-    command = [str(python), "-m", "pytest", "-q", "-W", "default", f"--junitxml={report}", *arguments]
+    command = [str(python), "-m", "pytest", "-q", "-o", "filterwarnings=default", f"--junitxml={report}", *arguments]
     own = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": str(ROOT)}
     return subprocess.run(command, cwd=ROOT, env=os.environ | own).returncode
 

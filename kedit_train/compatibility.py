@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+TRANSFORMERS_4 = version("transformers").startswith("4.")
 
 
 def sha256_of_file(path: Path) -> str:
@@ -31,3 +34,15 @@ def sft_reads_logits(args: Any) -> bool:
     config, utils = (sys.modules.get(f"trl.trainer.{name}") for name in ("sft_config", "utils"))
     is_sft = config is not None and isinstance(args, config.SFTConfig)
     return is_sft and not hasattr(utils, "FusedCausalLMOutput") and not args.use_liger_kernel
+
+
+def checkpoint_without_reentry(args: Any) -> None:
+    """Choose the kind of activation checkpointing that transformers 5 uses by default, unless the user chose one.
+
+    The default of transformers 4 computes no gradients if the first layers are frozen, as ``ParameterScope`` does.
+
+    Args:
+        args: the training arguments of a ``transformers.Trainer``.
+    """
+    if TRANSFORMERS_4 and args.gradient_checkpointing:
+        args.gradient_checkpointing_kwargs = {"use_reentrant": False, **(args.gradient_checkpointing_kwargs or {})}
