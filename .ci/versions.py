@@ -23,6 +23,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "versions.md"
 PYTHON = {"oldest": "python3.10", "newest": "python3.13"}
+# As in make test.
+ALL = ["-n", "2", "--dist", "loadfile", "--no-loadscope-reorder", "-m", "not slow"]
 # What a user of the package chooses, in the order of the table.
 LISTED = (
     *("torch", "transformers", "trl", "lightning", "accelerate", "peft", "datasets", "safetensors", "tokenizers"),
@@ -91,7 +93,7 @@ def main() -> int:
     if not args.no_install:
         install(args.which, args.python or PYTHON[args.which], folder)
     report = ROOT / "runs" / "versions" / f"{args.which}.xml"
-    status = test(folder, args.tests or ["-m", "not slow"], report)
+    status = test(folder, args.tests or ALL, report)
     if report.is_file() and not args.tests:
         record(args.which, counts(report), installed(folder))
     return status

@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 
-from kedit_train.compatibility import sft_reads_logits, sha256_of_file
+from kedit_train import compatibility
+from kedit_train.compatibility import checkpoint_without_reentry, sft_reads_logits, sha256_of_file
 
 
 @pytest.mark.parametrize("size", [0, 3, (1 << 20) + 1])
@@ -46,3 +47,21 @@ def test_only_sft_trainer_without_a_fused_head_reads_logits(trl: Any) -> None:
 def test_without_trl_no_trainer_reads_logits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "trl.trainer.sft_config", raising=False)
     assert not sft_reads_logits(SFTConfig())
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (None, {"use_reentrant": False}),
+        ({"context_fn": print}, {"use_reentrant": False, "context_fn": print}),
+        ({"use_reentrant": True}, {"use_reentrant": True}),
+    ],
+)
+def test_only_the_default_of_checkpointing_changes(monkeypatch: pytest.MonkeyPatch, given: Any, expected: Any) -> None:
+    args = SimpleNamespace(gradient_checkpointing=True, gradient_checkpointing_kwargs=given)
+    monkeypatch.setattr(compatibility, "TRANSFORMERS_4", False)
+    checkpoint_without_reentry(args)
+    assert args.gradient_checkpointing_kwargs == given
+    monkeypatch.setattr(compatibility, "TRANSFORMERS_4", True)
+    checkpoint_without_reentry(args)
+    assert args.gradient_checkpointing_kwargs == expected
