@@ -16,11 +16,6 @@ os.environ.setdefault("WANDB_SILENT", "true")
 
 import pytest
 import torch
-import transformers
-
-if not hasattr(transformers, "TokenizersBackend"):
-    # The models of these tests were saved with transformers 5. transformers 4 has another name for their tokenizers.
-    transformers.TokenizersBackend = transformers.PreTrainedTokenizerFast  # type: ignore[attr-defined]
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
@@ -39,6 +34,15 @@ def temporary(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     before, tempfile.tempdir = tempfile.tempdir, str(tmp_path_factory.mktemp("temporary"))
     yield
     tempfile.tempdir = before
+
+
+@pytest.fixture(autouse=True, scope="session")
+def tokenizers_of_newer_versions() -> None:
+    """Let transformers 4 load the models in ``shared``, which transformers 5 has saved with its name of a class."""
+    import transformers
+
+    if not hasattr(transformers, "TokenizersBackend"):
+        transformers.TokenizersBackend = transformers.PreTrainedTokenizerFast  # type: ignore[attr-defined]
 
 
 @pytest.fixture(autouse=True)

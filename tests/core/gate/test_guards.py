@@ -37,13 +37,12 @@ def traces(model: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("options", "name"),
     [
-        pytest.param(
+        (
             {"target_modules": [], "target_parameters": ["down_proj.weight"], "layers_to_transform": None},
             "ParamWrapper",
-            marks=needs("peft", "0.17"),
         ),
         pytest.param(BLOCKS, "BdLoraLinearVariant", marks=needs("peft", "0.21")),
-        pytest.param({"alora_invocation_tokens": [1]}, "ALoraLinearVariant", marks=needs("peft", "0.18")),
+        ({"alora_invocation_tokens": [1]}, "ALoraLinearVariant"),
     ],
 )
 def test_a_layer_whose_output_a_gate_does_not_switch_is_refused(tiny, options, name):
