@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -46,3 +47,16 @@ def checkpoint_without_reentry(args: Any) -> None:
     """
     if TRANSFORMERS_4 and args.gradient_checkpointing:
         args.gradient_checkpointing_kwargs = {"use_reentrant": False, **(args.gradient_checkpointing_kwargs or {})}
+
+
+def rescaled_dare(dare: Callable[..., Any]) -> Callable[..., Any]:
+    """Return PEFT's function ``dare_linear`` so that it divides the entries that it keeps by the density.
+
+    Before 0.19, PEFT computes this quotient and does not use it.
+
+    Args:
+        dare: a function of the tensors, the weights and the density.
+    """
+    if tuple(int(part) for part in version("peft").split(".")[:2]) >= (0, 19):
+        return dare
+    return lambda tensors, weights, density: dare(tensors, weights, density) / density

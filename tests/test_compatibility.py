@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from kedit_train import compatibility
-from kedit_train.compatibility import checkpoint_without_reentry, sft_reads_logits, sha256_of_file
+from kedit_train.compatibility import checkpoint_without_reentry, rescaled_dare, sft_reads_logits, sha256_of_file
 
 
 @pytest.mark.parametrize("size", [0, 3, (1 << 20) + 1])
@@ -65,3 +65,9 @@ def test_only_the_default_of_checkpointing_changes(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(compatibility, "TRANSFORMERS_4", True)
     checkpoint_without_reentry(args)
     assert args.gradient_checkpointing_kwargs == expected
+
+
+@pytest.mark.parametrize(("version", "expected"), [("0.18.1", 8.0), ("0.19.0", 2.0), ("0.21.2", 2.0), ("1.0", 2.0)])
+def test_dare_is_rescaled_once(monkeypatch: pytest.MonkeyPatch, version: str, expected: float) -> None:
+    monkeypatch.setattr(compatibility, "version", lambda package: version)
+    assert rescaled_dare(lambda tensors, weights, density: sum(tensors))([1.0, 1.0], None, 0.25) == expected
