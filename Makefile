@@ -1,4 +1,4 @@
-# Every target but bench-gpu creates .venv and installs what it needs. A newcomer needs `make demo` and `make test`.
+# Every target but bench-gpu, test-oldest and test-newest creates .venv and installs what it needs. A newcomer needs `make demo` and `make test`.
 # Options for every benchmark: make bench BENCH="--quick --clock cpu"
 PYTHON ?= python3
 VENV := .venv
@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo demo-smollm2 smollm2 test test-all style lint format docs build bench bench-gpu compare recipes-check clean
+.PHONY: demo demo-smollm2 smollm2 test test-oldest test-newest test-all style lint format docs build bench bench-gpu compare recipes-check clean
 
 demo: $(READY)  ## edit 24 facts in the bundled model and print a report
 	$(BIN)/lightning run recipes/quickstart.yaml
@@ -20,6 +20,14 @@ demo-smollm2: smollm2  ## edit 20 facts in the pretrained model (the default rec
 
 test: style  ## what continuous integration runs; under 10 minutes on 2 cores
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
+
+# PyPI has only CUDA builds of most torch versions, so each environment takes about 6 GB.
+# Another Python, or an environment that exists: make test-oldest VERSIONS="--python python3.11 --no-install"
+test-oldest:  ## the tests with the oldest supported versions, in .venv-oldest; writes the result into docs/versions.md
+	$(PYTHON) .ci/versions.py oldest $(VERSIONS)
+
+test-newest:  ## the tests with the newest versions of everything, in .venv-newest; writes the result into docs/versions.md
+	$(PYTHON) .ci/versions.py newest $(VERSIONS)
 
 test-all: lint  ## the same with the heavy repetitions
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import nn
 
 from kedit_train.quantized_layers import PackingGuard
@@ -25,3 +26,6 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
         for module, training in modes:
             module.training = training
         packing.remove()
+        # Inside of autocast, older versions of torch (such as 2.6) keep the weights that a pass without gradients has
+        # converted, and use them without gradients in the next training step.
+        torch.clear_autocast_cache()

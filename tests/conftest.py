@@ -36,6 +36,15 @@ def temporary(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     tempfile.tempdir = before
 
 
+@pytest.fixture(autouse=True, scope="session")
+def tokenizers_of_newer_versions() -> None:
+    """Let transformers 4 load the models in ``shared``, which transformers 5 has saved with its name of a class."""
+    import transformers
+
+    if not hasattr(transformers, "TokenizersBackend"):
+        transformers.TokenizersBackend = transformers.PreTrainedTokenizerFast  # type: ignore[attr-defined]
+
+
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     """Start every test from the same random state."""

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import tomllib
 from importlib.metadata import requires, version
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
 from packaging.version import Version
+from project_file import project_file
 
 ROOT = Path(__file__).resolve().parents[1]
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+PROJECT = project_file()["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 # Tools of this repository, which a user does not install.
 DEVELOPMENT = {"kedit-train", "pytest", "pytest-xdist", "ruff", "pyright", "hatchling"}

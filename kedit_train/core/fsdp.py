@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from inspect import signature
 
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from kedit_train.errors import EditError
+
+# torch 2.6 always sends the shards from the first process.
+WITHOUT_BROADCAST = {"src_data_rank": None} if "src_data_rank" in signature(distribute_tensor).parameters else {}
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
@@ -27,7 +31,7 @@ def shard_like(value: Tensor, parameter: Tensor) -> Tensor:
     """
     if not isinstance(parameter, DTensor) or isinstance(value, DTensor):
         return value
-    return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
+    return distribute_tensor(value, parameter.device_mesh, parameter.placements, **WITHOUT_BROADCAST)
 
 
 def reshard(root: nn.Module) -> None:

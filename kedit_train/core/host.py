@@ -70,6 +70,11 @@ class Host:
         """
         return 1
 
+    @property
+    def reads_logits(self) -> bool:
+        """Whether the loop reads the logits of training steps, in addition to the loss that the model returns."""
+        return False
+
     def is_editing(self, run: Any) -> bool:
         """Return whether the loop still uses ``run``. If True, another loop must not close the run."""
         # If training has not started, the user may have abandoned the trainer after setting it up.

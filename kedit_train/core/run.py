@@ -274,7 +274,8 @@ class EditRun(RunState):
     def loss_head(self) -> LossHead:
         """Return the loss head, which replaces the model's loss from the first call to the end of the run."""
         if self._loss_head is None:
-            self._loss_head = LossHead(self.head(), shares=self.host.summed_micro_batches)
+            host = self.host
+            self._loss_head = LossHead(self.head(), shares=host.summed_micro_batches, full_logits=host.reads_logits)
         return self._loss_head
 
     @property

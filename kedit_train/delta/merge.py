@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kedit_train.arguments import check_arguments, one_of, within
+from kedit_train.compatibility import rescaled_dare
 from kedit_train.delta.edit_delta import EditDelta
 from kedit_train.delta.task_vector import TaskVector, as_vector, check_same_base
 from kedit_train.errors import EditError, reported_by
@@ -140,4 +141,4 @@ def _implementation(method: Method) -> Any:
         return _weighted_sum
     with require("peft"):
         from peft.utils import merge_utils
-    return {"ties": merge_utils.ties, "dare": merge_utils.dare_linear}[method]
+    return {"ties": merge_utils.ties, "dare": rescaled_dare(merge_utils.dare_linear)}[method]

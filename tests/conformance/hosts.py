@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from typing import Any
 
 import lightning as L
@@ -29,6 +30,14 @@ ARGUMENTS: dict[str, Any] = {
 }
 
 
+def arguments_of_this_version(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Return arguments for ``TrainingArguments`` with the names of the installed version of transformers."""
+    newer, older = "activation_checkpointing", "gradient_checkpointing"
+    if newer in {field.name for field in fields(TrainingArguments)}:
+        return arguments
+    return {older if name == newer else name: value for name, value in arguments.items()}
+
+
 def collator(tokenizer: Any) -> Callable[[Any], dict[str, torch.Tensor]]:
     return lambda rows: collate(rows, pad_id=pad_token_id(tokenizer))
 
@@ -48,7 +57,8 @@ class Rows(torch.utils.data.Dataset):
 
 def transformers_trainer(model: Any, tokenizer: Any, edits: Any, callbacks: list[Any], steps: int, **extra: Any) -> Any:
     resume = extra.pop("resume", False)
-    arguments = TrainingArguments(**({"output_dir": tempfile.mkdtemp(), "max_steps": steps} | ARGUMENTS | extra))
+    options = {"output_dir": tempfile.mkdtemp(), "max_steps": steps} | ARGUMENTS | extra
+    arguments = TrainingArguments(**arguments_of_this_version(options))
     arguments.remove_unused_columns = False
     trainer = Trainer(
         model=model,
@@ -66,9 +76,10 @@ def sft_trainer(model: Any, tokenizer: Any, edits: Any, callbacks: list[Any], st
     from trl import SFTConfig, SFTTrainer
 
     peft_config, resume = extra.pop("peft_config", None), extra.pop("resume", False)
+    options = {"output_dir": tempfile.mkdtemp(), "max_steps": steps} | ARGUMENTS | extra
     trainer = SFTTrainer(
         model=model,
-        args=SFTConfig(**({"output_dir": tempfile.mkdtemp(), "max_steps": steps} | ARGUMENTS | extra)),
+        args=SFTConfig(**arguments_of_this_version(options)),
         train_dataset=edits.to_prompt_completion(),
         processing_class=tokenizer,
         callbacks=callbacks,

@@ -23,6 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 from conformance import killed_runs
 from safetensors import safe_open
@@ -192,7 +193,8 @@ class Matrix:
         # A first run in this process imports the modules that the trainer imports late, so that no child process
         # imports them.
         (self.folder / "first").mkdir(parents=True)
-        with contextlib.chdir(self.folder / "first"), contextlib.redirect_stdout(io.StringIO()):
+        with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()):
+            patch.chdir(self.folder / "first")
             killed_runs.train(host)
         # Otherwise each child process would search all objects of this process for garbage.
         gc.freeze()

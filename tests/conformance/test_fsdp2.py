@@ -12,9 +12,12 @@ import pytest
 import torch
 from conformance import shard_hosts, shards
 from conformance.settings import TEXTS
+from installed import needs
 from safetensors.torch import load_file
 
 from kedit_train import EditDelta, world
+
+pytestmark = needs("torch", "2.13")  # FSDP2 of torch 2.6 does not run on CPUs
 
 TESTS = Path(__file__).resolve().parents[1]
 # fully_shard on each layer after the edit has begun, and on the whole model only before the edit begins.

@@ -11,7 +11,8 @@ import lightning as L
 import pytest
 import torch
 from conformance.hosts import ARGUMENTS, Rows, collator
-from lightning.pytorch.callbacks import EMAWeightAveraging
+from installed import needs
+from lightning.pytorch import callbacks as lightning_callbacks
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -185,9 +186,10 @@ def test_a_loss_that_cannot_be_changed_in_place_is_an_error():
         fit(Module(root=True, manual=True), [anchor])
 
 
+@needs("lightning", "2.6")
 def test_weight_averaging_is_an_error():
     with pytest.raises(EditError, match="WeightAveraging"):
-        fit(Module(), [GradientMask("random", density=0.5), EMAWeightAveraging()])
+        fit(Module(), [GradientMask("random", density=0.5), lightning_callbacks.EMAWeightAveraging()])
 
 
 @pytest.mark.parametrize("reading", ["lm_head.modules_to_save.default.weight", "lm_head.*lora_A.*"])

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from installed import older
 
 from kedit_train import world
 from kedit_train.data import Edit, EditDataset
@@ -49,6 +50,8 @@ def chatty() -> Any:
 
 
 def real(name: str) -> str:
+    if older("trl", "1.16"):
+        pytest.skip("this version of TRL contains no chat templates of models")
     return files("trl").joinpath("chat_templates", f"{name}.jinja").read_text()
 
 

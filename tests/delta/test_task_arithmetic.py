@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from delta.tiny import DOWN, equal_bits, state_of
+from installed import needs
 from torch import Tensor
 
 from kedit_train import EditDelta, EditError
@@ -110,6 +111,7 @@ def test_many_small_steps_are_rounded_once():
     assert torch.equal(total.delta().changes["w"].after, delta.changes["w"].after)
 
 
+@needs("torch", "2.13")  # torch 2.6 cannot select entries of float8 tensors
 def test_arithmetic_works_in_float8():
     base = torch.tensor([0.5, 1.0, 448.0]).to(torch.float8_e4m3fn)
     edited = torch.tensor([0.5, 2.0, 384.0]).to(torch.float8_e4m3fn)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
-from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.modeling_outputs import CausalLMOutput
 
 SHARPNESS = 10.0
@@ -28,7 +28,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-class ScriptedConfig(PreTrainedConfig):
+class ScriptedConfig(PretrainedConfig):
     model_type = "scripted_model"
 
     def __init__(self, max_position_embeddings: int = 200, **kwargs: Any) -> None:

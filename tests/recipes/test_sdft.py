@@ -7,10 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from installed import needs
 
 RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "sdft.py"
 
 
+@needs("trl", "1.16")
 def test_a_teacher_that_follows_no_fact_is_an_error_in_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

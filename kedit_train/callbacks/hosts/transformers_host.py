@@ -11,6 +11,7 @@ from typing import Any
 
 from kedit_train.callbacks.hosts.stacked_experts import load_stacked_experts
 from kedit_train.callbacks.hosts.trainer_loggers import TrainerLoggers
+from kedit_train.compatibility import checkpoint_without_reentry, sft_reads_logits
 from kedit_train.core.host import Host
 from kedit_train.core.resume import FORMAT, check_scope
 from kedit_train.core.state_file import FILE, load_state, save_state
@@ -43,6 +44,7 @@ class TransformersHost(Host):
     def __init__(self, args: Any, state: Any, control: Any, processing_class: Any) -> None:
         super().__init__(control)
         self.args, self.state, self.control, self.processing_class = args, state, control, processing_class
+        checkpoint_without_reentry(args)
         self.train_dataloader: Any = None
         self.loggers = TrainerLoggers()
         self.pending_metrics: dict[str, float] = {}
@@ -214,6 +216,10 @@ class TransformersHost(Host):
             done = self.state.global_step % math.ceil(batches / micro_batches) * micro_batches
             micro_batches = min(micro_batches, batches - done)
         return micro_batches * (self.args.world_size if self.args.average_tokens_across_devices else 1)
+
+    @property
+    def reads_logits(self) -> bool:
+        return sft_reads_logits(self.args)
 
     def unsupported_reason(self) -> str | None:
         launched = int(os.environ.get("WORLD_SIZE", "1"))

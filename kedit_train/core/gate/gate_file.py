@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from kedit_train.compatibility import sha256_of_file
 from kedit_train.errors import EditError
 from kedit_train.safetensors_file import load_tensors, save_tensors
 
@@ -95,7 +95,4 @@ def read_gate(folder: str | os.PathLike[str], *, other_adapter: bool = False) ->
 def _adapter_hash(folder: str | os.PathLike[str]) -> str | None:
     """Return the SHA-256 of the saved weights of an adapter, or None if the folder contains none."""
     path = next((path for name in WEIGHT_FILES if (path := Path(folder) / name).is_file()), None)
-    if path is None:
-        return None
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return None if path is None else sha256_of_file(path)

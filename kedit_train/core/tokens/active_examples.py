@@ -72,12 +72,8 @@ class ActiveExamples:
         self.examples_left_out += len(keys) - len(kept)
         self.tokens_left_out += sum(supervised) - sum(supervised[i] for i in kept)
         self._estimate_time(sum(lengths), sum(lengths[i] for i in kept))
-        left_out = LeftOut(
-            tuple(
-                LeftOutExample(supervised[i], *self.learned[key][1:])
-                for i, key in enumerate(keys)
-                if i not in set(kept)
-            )
+        left_out = tuple(
+            LeftOutExample(supervised[i], *self.learned[key][1:]) for i, key in enumerate(keys) if i not in set(kept)
         )
         all_learned = not kept
         kept = kept or [lengths.index(min(lengths))]
@@ -92,7 +88,7 @@ class ActiveExamples:
         }
         if all_learned:
             reduced["labels"] = torch.full_like(reduced["labels"], IGNORE_INDEX)
-        return {**kwargs, **reduced}, left_out
+        return {**kwargs, **reduced}, LeftOut(left_out, (labels.shape, kept, span))
 
     def record(self, where: Tensor, active: Tensor, *sums: Tensor) -> None:
         """Store which of the examples that were not left out are learned.

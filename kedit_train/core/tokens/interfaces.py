@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -106,9 +106,28 @@ class LeftOut:
     """The examples that were left out of the forward pass of one batch.
 
     In means over the batch, these examples count with the results of their last forward pass.
+
+    Args:
+        examples: the examples.
+        place: where the batch that the model computes is in the batch of the host, as the shape of the batch of the
+            host ([batch, length]), the rows and the columns. None if both are the same.
     """
 
     examples: tuple[LeftOutExample, ...] = ()
+    place: tuple[Sequence[int], list[int], slice] | None = None
+
+    def in_batch(self, values: Tensor) -> Tensor:
+        """Return values of all positions in the shape of the batch of the host, with zeros for what was left out.
+
+        Args:
+            values: [computed batch, computed length, ...].
+        """
+        if self.place is None:
+            return values
+        shape, rows, columns = self.place
+        whole = values.new_zeros(*shape, *values.shape[2:])
+        whole[rows, columns] = values
+        return whole
 
     @property
     def tokens(self) -> int:

@@ -69,6 +69,8 @@ class LossHead:
         head: the model's output head.
         shares: function that returns how many micro-batch losses the host adds up in one optimizer step
             (:meth:`Host.summed_micro_batches`). If the host averages these losses, the function returns 1.
+        full_logits: whether the host reads the logits of training steps (:attr:`Host.reads_logits`). They are then
+            computed for all positions, without gradients.
 
     Attributes:
         term: a second term in the loss of every supervised token, or None.
@@ -77,9 +79,10 @@ class LossHead:
             None if the objective needs only the labels.
     """
 
-    def __init__(self, head: OutputHead, *, shares: Callable[[], int]) -> None:
+    def __init__(self, head: OutputHead, *, shares: Callable[[], int], full_logits: bool = False) -> None:
         self.head = head
         self.shares = shares
+        self.full_logits = full_logits
         self.term: TokenTerm | None = None
         self.filter: ExampleFilter | None = None
         self.soft_targets: SoftTargets | None = None
@@ -185,7 +188,11 @@ class LossHead:
                 f"length] = {tuple(call.labels.shape)}), got {shape}; remove prompt tuning if the model uses it, or "
                 "change forward() if forward() does not call the output head as a module."
             )
-        return self._score(call, hidden[:, :-1], output)
+        output = self._score(call, hidden[:, :-1], output)
+        if self.full_logits and not call.fused:
+            with torch.no_grad():
+                output.logits = call.left_out.in_batch(self.head.project(hidden))
+        return output
 
     def _score(self, call: _Call, hidden: Tensor, output: Any) -> Any:
         labels = call.labels[:, 1:].to(hidden.device)

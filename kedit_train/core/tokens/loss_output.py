@@ -39,11 +39,14 @@ def model_output(output: Any, loss: Tensor) -> Any:
         output: what the model returned for a call without labels.
         loss: the loss, a scalar tensor.
     """
-    output.loss = loss
     output.logits = UnbuiltLogits()
+    if not isinstance(output, OrderedDict):
+        output.loss = loss
+        return output
+    # In transformers 4, assigning the attribute would not add an entry.
+    output["loss"] = loss
     # The loss is the first entry of a model output with labels, and loops read it as model(...)[0].
-    if isinstance(output, OrderedDict):
-        output.move_to_end("loss", last=False)
+    output.move_to_end("loss", last=False)
     return output
 
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from typing import Any
 
 import torch
@@ -61,7 +61,7 @@ def report_metadata(
         "interval": "95 %, bootstrap over edits, 1000 resamples",
         "unscored": _count_unscored(results, against_unedited),
         "near_ties": count_near_ties(model, results),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
 
 

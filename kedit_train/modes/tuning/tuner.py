@@ -6,7 +6,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +133,7 @@ def tune(
             "budget": budget,
             "seconds": round(time.perf_counter() - started, 3),
             "versions": runs.unedited.meta["versions"],
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         }
     return TuneResult(
         grid=grid, trials=trials, cut_off=cut_off, picked=best, rule=rule, held_out=final,

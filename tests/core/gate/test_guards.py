@@ -9,10 +9,12 @@ import threading
 import warnings
 from typing import Any
 
+import peft
 import pytest
 import torch
 from core.gate.test_gate import CUT, IDS, LAYER, adapted, bits, key_of, logits
-from peft import BdLoraConfig, LoraConfig, PrefixTuningConfig, get_peft_model
+from installed import needs
+from peft import LoraConfig, PrefixTuningConfig, get_peft_model
 from peft.tuners.lora.layer import Linear
 from torch import Tensor
 
@@ -39,13 +41,15 @@ def traces(model: Any) -> dict[str, Any]:
             {"target_modules": [], "target_parameters": ["down_proj.weight"], "layers_to_transform": None},
             "ParamWrapper",
         ),
-        ({**BLOCKS, "use_bdlora": BdLoraConfig(target_modules_bd_b=["down_proj"], nblocks=2)}, "BdLoraLinearVariant"),
+        pytest.param(BLOCKS, "BdLoraLinearVariant", marks=needs("peft", "0.21")),
         ({"alora_invocation_tokens": [1]}, "ALoraLinearVariant"),
     ],
 )
 def test_a_layer_whose_output_a_gate_does_not_switch_is_refused(tiny, options, name):
     base = tiny("llama", num_hidden_layers=3).eval()
     settings = {"r": 4, "lora_alpha": 32, "target_modules": ["down_proj"], "layers_to_transform": [1, 2], **options}
+    if name == "BdLoraLinearVariant":
+        settings["use_bdlora"] = peft.BdLoraConfig(target_modules_bd_b=["down_proj"], nblocks=2)
     model = get_peft_model(copy.deepcopy(base), LoraConfig(task_type="CAUSAL_LM", **settings))
     before = traces(model)
     with pytest.raises(EditError, match=rf"^a gate works only with .*, but .* has .*{name}") as error:

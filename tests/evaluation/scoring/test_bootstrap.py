@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
+from installed import needs
 
 from kedit_train.evaluation import MeanOverEdits
 from kedit_train.evaluation.scoring.bootstrap import NO_SCORE, Score, cluster_bootstrap, scores_of_sums
@@ -83,6 +84,7 @@ def test_many_means_together_equal_each_one_alone() -> None:
     assert scores_of_means(means, seed=4) == together != scores_of_means(means, seed=9)
 
 
+@needs("torchmetrics", "1.9")  # older versions have no merge_state
 def test_means_of_several_processes_add_up() -> None:
     """A mean of means would be 0.5 here; a process without edits must not count."""
     whole, other, empty = (MeanOverEdits(4) for _ in range(3))

@@ -1,0 +1,62 @@
+"""Everything that differs between the supported versions of Python, transformers and TRL, in one place."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+TRANSFORMERS_4 = version("transformers").startswith("4.")
+
+
+def sha256_of_file(path: Path) -> str:
+    """Return the SHA-256 checksum of a file as hexadecimal digits, without reading the whole file into memory.
+
+    Python 3.10 has no ``hashlib.file_digest``.
+    """
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def sft_reads_logits(args: Any) -> bool:
+    """Return whether the trainer with these arguments is an ``SFTTrainer`` that reads the logits of training steps.
+
+    Before TRL had a fused head, its trainer computed the entropy and the token accuracy of each step from the logits.
+
+    Args:
+        args: the training arguments of a ``transformers.Trainer``.
+    """
+    config, utils = (sys.modules.get(f"trl.trainer.{name}") for name in ("sft_config", "utils"))
+    is_sft = config is not None and isinstance(args, config.SFTConfig)
+    return is_sft and not hasattr(utils, "FusedCausalLMOutput") and not args.use_liger_kernel
+
+
+def checkpoint_without_reentry(args: Any) -> None:
+    """Choose the kind of activation checkpointing that transformers 5 uses by default, unless the user chose one.
+
+    The default of transformers 4 computes no gradients if the first layers are frozen, as ``ParameterScope`` does.
+
+    Args:
+        args: the training arguments of a ``transformers.Trainer``.
+    """
+    if TRANSFORMERS_4 and args.gradient_checkpointing:
+        args.gradient_checkpointing_kwargs = {"use_reentrant": False, **(args.gradient_checkpointing_kwargs or {})}
+
+
+def rescaled_dare(dare: Callable[..., Any]) -> Callable[..., Any]:
+    """Return PEFT's function ``dare_linear`` so that it divides the entries that it keeps by the density.
+
+    Before 0.19, PEFT computes this quotient and does not use it.
+
+    Args:
+        dare: a function of the tensors, the weights and the density.
+    """
+    if tuple(int(part) for part in version("peft").split(".")[:2]) >= (0, 19):
+        return dare
+    return lambda tensors, weights, density: dare(tensors, weights, density) / density

@@ -1,0 +1,73 @@
+"""What differs between the supported versions of Python, transformers and TRL."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+
+from kedit_train import compatibility
+from kedit_train.compatibility import checkpoint_without_reentry, rescaled_dare, sft_reads_logits, sha256_of_file
+
+
+@pytest.mark.parametrize("size", [0, 3, (1 << 20) + 1])
+def test_the_checksum_of_a_file_is_that_of_its_bytes(tmp_path: Path, size: int) -> None:
+    content = bytes(i % 251 for i in range(size))
+    (tmp_path / "file").write_bytes(content)
+    assert sha256_of_file(tmp_path / "file") == hashlib.sha256(content).hexdigest()
+
+
+class SFTConfig:
+    def __init__(self, use_liger_kernel: bool = False) -> None:
+        self.use_liger_kernel = use_liger_kernel
+
+
+@pytest.fixture
+def trl(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Replace the modules of TRL by those of a version without a fused head."""
+    config, utils = ModuleType("trl.trainer.sft_config"), ModuleType("trl.trainer.utils")
+    config.SFTConfig = SFTConfig  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "trl.trainer.sft_config", config)
+    monkeypatch.setitem(sys.modules, "trl.trainer.utils", utils)
+    return utils
+
+
+def test_only_sft_trainer_without_a_fused_head_reads_logits(trl: Any) -> None:
+    assert sft_reads_logits(SFTConfig())
+    assert not sft_reads_logits(SFTConfig(use_liger_kernel=True))
+    assert not sft_reads_logits(object())
+    trl.FusedCausalLMOutput = object
+    assert not sft_reads_logits(SFTConfig())
+
+
+def test_without_trl_no_trainer_reads_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "trl.trainer.sft_config", raising=False)
+    assert not sft_reads_logits(SFTConfig())
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (None, {"use_reentrant": False}),
+        ({"context_fn": print}, {"use_reentrant": False, "context_fn": print}),
+        ({"use_reentrant": True}, {"use_reentrant": True}),
+    ],
+)
+def test_only_the_default_of_checkpointing_changes(monkeypatch: pytest.MonkeyPatch, given: Any, expected: Any) -> None:
+    args = SimpleNamespace(gradient_checkpointing=True, gradient_checkpointing_kwargs=given)
+    monkeypatch.setattr(compatibility, "TRANSFORMERS_4", False)
+    checkpoint_without_reentry(args)
+    assert args.gradient_checkpointing_kwargs == given
+    monkeypatch.setattr(compatibility, "TRANSFORMERS_4", True)
+    checkpoint_without_reentry(args)
+    assert args.gradient_checkpointing_kwargs == expected
+
+
+@pytest.mark.parametrize(("version", "expected"), [("0.18.1", 8.0), ("0.19.0", 2.0), ("0.21.2", 2.0), ("1.0", 2.0)])
+def test_dare_is_rescaled_once(monkeypatch: pytest.MonkeyPatch, version: str, expected: float) -> None:
+    monkeypatch.setattr(compatibility, "version", lambda package: version)
+    assert rescaled_dare(lambda tensors, weights, density: sum(tensors))([1.0, 1.0], None, 0.25) == expected
