@@ -76,6 +76,19 @@ def test_a_run_of_a_sweep_logs_its_settings_and_scores(edits: EditDataset, monke
     assert run.summary["edit/generality"] == report["generality"]["generated"]["value"]
 
 
+@pytest.mark.parametrize("logger", ["CSVLogger", "TensorBoardLogger"])
+def test_other_loggers_receive_the_recipe(logger: str, edits: EditDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    if logger == "TensorBoardLogger":
+        pytest.importorskip("tensorboard", reason="tensorboard is missing; pip install tensorboard")
+    words = ["fit", "--config", "w_recipe.yaml", "--trainer.max_epochs=1", f"--trainer.logger={logger}"]
+    monkeypatch.setattr(sys, "argv", ["kedit_train", *words, "--trainer.logger.save_dir=logged"])
+    main()
+    (path,) = Path("logged").rglob("hparams.yaml")
+    recipe = yaml.safe_load(path.read_text())["recipe"]
+    assert callback(recipe, "PolyakStep") == {"step_size": 0.01}
+    assert recipe["trainer"]["max_epochs"] == 1
+
+
 def test_a_run_without_a_logger_writes_only_files(edits: EditDataset, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["kedit_train", "fit", "--config", "w_recipe.yaml", "--trainer.max_epochs=1"])
     main()
