@@ -40,8 +40,8 @@ def edit_workspace(project: str, *, name: str = "kedit-train") -> Any:
     if not entity or not own or "/" in own:
         raise EditError(f'project must be "team/project", got {project!r}.', component="edit_workspace")
     with require("wandb-workspaces"):
-        from wandb_workspaces import workspaces
-        from wandb_workspaces.reports import v2 as panels
+        from wandb_workspaces import workspaces  # pyright: ignore[reportMissingImports]
+        from wandb_workspaces.reports import v2 as panels  # pyright: ignore[reportMissingImports]
 
     # With x=None, W&B uses the training step that each logger has defined for the series edit/*.
     first: list[Any] = [panels.LinePlot(title="scores of the edits", x=None, y=list(SCORES), range_y=(0.0, 1.0))]
