@@ -51,7 +51,8 @@ class EditMetrics(EditCallback):
 
     After training, three tables are logged: all answers (``edit/answers``), changed answers to the locality prompts
     (``edit/changed_elsewhere``), and scores of the target tokens by position (``edit/positions``). W&B also receives
-    charts of ``edit/positions``, the configuration with the hash of the edits, and the report as an artifact.
+    charts of ``edit/positions``, the arguments of all callbacks, the hash of the edits, and the report as a page and as
+    artifacts.
 
     The model is prompted in the format of the training examples: as plain text, through the chat template, or as a
     question. The format is read from the dataset of a ``transformers`` or TRL trainer, or from ``EditDataModule``. In
@@ -197,9 +198,7 @@ class EditMetrics(EditCallback):
                 self._routers = RouterDivergence(run.model, self._tokenizer, self._edits, **settings)
         self._positions = list(wandb_tables.position_rows("unedited", self.unedited))
         self._training_began = time.perf_counter()
-        wandb_run = run.host.wandb_run()
-        if wandb_run is not None:
-            wandb_run.config.update({"edit": self._configuration(run)}, allow_val_change=True)
+        wandb_tables.log_configuration(run, self.unedited.meta)
 
     def state(self) -> dict[str, Any]:
         return {"best": self.best} if self.best else {}
@@ -339,14 +338,6 @@ class EditMetrics(EditCallback):
         if wandb_run is not None:
             wandb_tables.log_position_curves(wandb_run, self._positions)
             wandb_tables.log_report(run.host, report)
-
-    def _configuration(self, run: EditRun) -> dict[str, Any]:
-        """Return the data that identify this edit, for the configuration of the W&B run."""
-        assert self.unedited is not None
-        meta = self.unedited.meta
-        names = ("data_name", "data_hash", "n_edits", "model", "settings", "versions")
-        callbacks = [repr(callback) for callback in run.callbacks]
-        return {**{name: meta[name] for name in names}, "callbacks": callbacks, "scope": run.describe_scope()}
 
     def __repr__(self) -> str:
         return f"EditMetrics(every_n_steps={self.every_n_steps}, stop_at={self.stop_at})"

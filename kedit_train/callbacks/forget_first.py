@@ -128,6 +128,10 @@ class ForgetFirst(EditCallback):
             max_probability=(max_probability, within("(0, 1)")),
             max_perplexity_ratio=(max_perplexity_ratio, at_least(1)),
         )
+        self.coefficients: list[float] = coefficients
+        self.scale: Scale = scale
+        self.max_probability = max_probability
+        self.max_perplexity_ratio = max_perplexity_ratio
         self.subtraction: Subtraction = Subtraction(coefficients, scale, max_probability, max_perplexity_ratio)
         self.training: ForgetTraining = (
             ForgetTraining(**training) if isinstance(training, Mapping) else training or ForgetTraining()

@@ -66,6 +66,7 @@ class SaveDelta(EditCallback):
             edits of ``EditMetrics`` or of the training loop, if any.
         license: license of the base model, to write into the file. None takes the license from the model card in the
             folder of the model.
+        upload: whether to upload the file as an artifact of the W&B run that the training loop logs to, if any.
 
     Attributes:
         delta: the saved :class:`~kedit_train.delta.EditDelta`. None before the end of training.
@@ -100,13 +101,20 @@ class SaveDelta(EditCallback):
     follows_steps = True
 
     def __init__(
-        self, path: str, *, at: Literal["end", "best"] = "end", edits: Any = None, license: str | None = None
+        self,
+        path: str,
+        *,
+        at: Literal["end", "best"] = "end",
+        edits: Any = None,
+        license: str | None = None,
+        upload: bool = True,
     ) -> None:
         check_arguments(self, path=(path, SAFETENSORS_PATH), at=(at, one_of(("end", "best"))))
         self.path = path
         self.at = at
         self.edits = edits
         self.license = license
+        self.upload = upload
         self.delta: EditDelta | None = None
         self._best: tuple[float, float] | None = None
         self._values: dict[str, Tensor] = {}
@@ -242,7 +250,8 @@ class SaveDelta(EditCallback):
         if run.host.is_main:
             evaluated = self._values or self.at == "end"
             moment = f"step {step}" if evaluated else f"step {step}, the last step, because no step was evaluated"
-            run.host.log_file(self.path, "delta")
+            if self.upload:
+                run.host.log_file(self.path, "delta")
             print(f"delta: {self.path} ({len(delta)} tensors, {delta.nbytes / 1e6:.2f} MB, {moment}; {checked})")
 
     def _check(

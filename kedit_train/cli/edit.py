@@ -26,6 +26,7 @@ from kedit_train.arguments import cut
 from kedit_train.cli import yaml_text
 from kedit_train.cli.config_errors import shorten, wrong_callback
 from kedit_train.cli.console import leave, print_error
+from kedit_train.cli.logged_recipe import LogRecipe
 from kedit_train.cli.named_callbacks import Override, set_by_name, tell_last_callback
 from kedit_train.cli.processes import follow_launcher
 from kedit_train.cli.run_display import display_callbacks
@@ -103,7 +104,8 @@ class EditParser(LightningArgumentParser):
 class EditCLI(LightningCLI):
     """The ``fit`` command, with ``EditModule`` and ``EditDataModule`` as defaults.
 
-    The resolved configuration is saved as ``resolved.yaml`` in the folder of the run.
+    The resolved configuration is saved as ``resolved.yaml`` in the folder of the run. The loggers of the run, such as
+    W&B, receive it as hyperparameters under the key ``recipe``.
 
     Args:
         parser_kwargs: arguments of the parsers.
@@ -125,6 +127,7 @@ class EditCLI(LightningCLI):
             parser_class=EditParser,
             parser_kwargs={"description": description} | (parser_kwargs or {}),
             seed_everything_default=0,
+            save_config_callback=LogRecipe,
             # The default name, config.yaml, might be the file that the user started from.
             save_config_kwargs={"overwrite": True, "config_filename": "resolved.yaml"},
             **kwargs,

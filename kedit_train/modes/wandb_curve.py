@@ -55,5 +55,6 @@ def finish_curve(run: Any, result: ModeResult) -> None:
     ]
     wandb_tables.log_position_curves(run, positions)
     with tempfile.TemporaryDirectory() as folder:
-        for name, kind in (("result.json", "result"), ("result.md", "result-markdown")):
+        names = {"result.json": "result", "result.md": "result-markdown", "result.html": "result-page"}
+        for name, kind in names.items():
             run.log_artifact(str(result.save(Path(folder) / name)), name=f"{kind}-{run.id}", type=kind)

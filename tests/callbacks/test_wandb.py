@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,15 @@ def the_rest(run: OfflineRun, edits: EditDataset, metrics: Any, delta: Path) -> 
     assert run.summary["edit/best/step"] == metrics.best["edit/best/step"]
     assert run.summary["edit/best/reliability"] == metrics.best["edit/best/reliability"]
     assert run.summary["edit/metrics/seconds"] > 0.0
-    assert run.artifacts == {"report": ["report.json"], "report-markdown": ["report.md"], "delta": [delta.name]}
+    arguments = run.config["edit"]["arguments"]
+    assert arguments["KLLocality"]["texts"]["source"] == TEXTS
+    assert (arguments["KLLocality"]["weight"], arguments["EditMetrics"]["every_n_steps"]) == (0.1, 2)
+    assert arguments["EditMetrics"]["edits"] == {"name": edits.name, "hash": edits.hash, "edits": 4}
+    files = {"report": "report.json", "report-markdown": "report.md", "report-page": "report.html", "delta": delta.name}
+    assert run.artifacts == {kind: [name] for kind, name in files.items()}
+    assert run.checksums[delta.name] == hashlib.md5(delta.read_bytes()).digest()
+    assert run.checksums["report.html"] == hashlib.md5(f"{metrics.report.html()}\n".encode()).digest()
+    assert run.media("edit/report") == metrics.report.html()
 
 
 def test_an_sft_run_logs_into_its_own_wandb_run(folder: Path, edits: EditDataset) -> None:
@@ -132,6 +141,15 @@ def test_a_lightning_run_logs_into_its_own_wandb_run(folder: Path, edits: EditDa
     assert run.series("edit/locality/kl", "trainer/global_step")[-1][0] == 4
     assert run.steps["edit/*"] == "trainer/global_step"
     the_rest(run, edits, metrics[0], delta)
+
+
+def test_a_delta_is_not_uploaded_if_the_user_does_not_want_it(folder: Path, edits: EditDataset) -> None:
+    model, tokenizer = world.load()
+    used = [ParameterScope(layers=0.5, modules="mlp.down_proj"), SaveDelta(str(folder / "e.safetensors"), upload=False)]
+    sft_trainer(model, tokenizer, edits, used, 2, report_to="wandb", learning_rate=RATE)
+    wandb.finish()
+    assert (folder / "e.safetensors").exists()
+    assert OfflineRun(folder).artifacts == {}
 
 
 @pytest.mark.parametrize("host", ["SFTTrainer", "Lightning"])

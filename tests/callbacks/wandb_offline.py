@@ -6,6 +6,7 @@ A 7-byte file header, then 32 KiB blocks of records as in LevelDB's log: checksu
 
 from __future__ import annotations
 
+import base64
 import json
 import struct
 import time
@@ -39,7 +40,10 @@ def records(path: Path) -> Iterator[Any]:
 
 
 class OfflineRun:
-    """The run in a folder: history, summary, metric definitions, configuration, artifacts (type -> files)."""
+    """The run in a folder: history, summary, metric definitions, configuration, artifacts (type -> files).
+
+    ``checksums`` has the MD5 checksum of each file in an artifact.
+    """
 
     def __init__(self, folder: Path) -> None:
         path, written = _complete(folder)
@@ -49,6 +53,7 @@ class OfflineRun:
         self.steps: dict[str, str] = {}
         self.config: dict[str, Any] = {}
         self.artifacts: dict[str, list[str]] = {}
+        self.checksums: dict[str, bytes] = {}
         for record in written:
             kind = record.WhichOneof("record_type")
             if kind == "history":
@@ -61,12 +66,18 @@ class OfflineRun:
             elif kind == "config":
                 self.config.update(_items(record.config.update))
             elif kind == "artifact" and record.artifact.type != "run_table":
-                self.artifacts[record.artifact.type] = [entry.path for entry in record.artifact.manifest.contents]
+                entries = record.artifact.manifest.contents
+                self.artifacts[record.artifact.type] = [entry.path for entry in entries]
+                self.checksums |= {entry.path: base64.b64decode(entry.digest) for entry in entries}
+
+    def media(self, key: str) -> str:
+        """Return the text of the file that was logged under ``key``."""
+        (path,) = [row[f"{key}/path"] for row in self.rows if f"{key}/path" in row]
+        return (self.folder / "files" / path).read_text(encoding="utf-8")
 
     def table(self, key: str) -> dict[str, Any]:
         """Return the columns and the data of the table that was logged under ``key``."""
-        (path,) = [row[f"{key}/path"] for row in self.rows if f"{key}/path" in row]
-        return json.loads((self.folder / "files" / path).read_text())
+        return json.loads(self.media(key))
 
     def series(self, key: str, step: str) -> list[tuple[int, float]]:
         """Return (step, value) of every row with ``key``."""

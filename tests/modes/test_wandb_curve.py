@@ -77,7 +77,8 @@ def test_sequential_logs_a_series_over_the_number_of_edits(board: Any, tmp_path:
     assert [row[0] for row in answers["data"]] == [edit.prompt for edit in edits]
     assert run.config["mode"]["mode"] == "sequential"
     assert run.config["mode"]["data_hash"] == result.meta["data_hash"]
-    assert run.artifacts == {"result": ["result.json"], "result-markdown": ["result.md"]}
+    files = {"result": "result.json", "result-markdown": "result.md", "result-page": "result.html"}
+    assert run.artifacts == {kind: [name] for kind, name in files.items()}
 
 
 @pytest.mark.parametrize("mode", ["single", "batch"])

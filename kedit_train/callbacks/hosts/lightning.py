@@ -121,8 +121,9 @@ class LightningHost(Host):
         # higher by one.
         step = self.trainer.fit_loop.epoch_loop._batches_that_stepped - (1 if last else 0)
         for logger in self.trainer.loggers if self.is_main else ():
-            if not self._metrics_defined and hasattr(logger.experiment, "define_metric"):
-                logger.experiment.define_metric("edit/*", step_metric="trainer/global_step", step_sync=True)
+            experiment: Any = None if self._metrics_defined else getattr(logger, "experiment", None)
+            if hasattr(experiment, "define_metric"):
+                experiment.define_metric("edit/*", step_metric="trainer/global_step", step_sync=True)
             logger.log_metrics(dict(metrics), step=max(0, step))
         self._metrics_defined = True
         for key, value in metrics.items():

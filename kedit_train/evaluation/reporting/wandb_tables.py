@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from kedit_train.core.callback_arguments import callback_arguments
 from kedit_train.evaluation.report_data import ReportData
 from kedit_train.evaluation.scoring.normalize import normalize
 from kedit_train.optional import require
@@ -19,9 +20,11 @@ Table = tuple[list[str], list[list[Any]]]
 
 
 class Saveable(Protocol):
-    """A report that can write itself to a file."""
+    """A report that can write itself to a file, and as an HTML page."""
 
     def save(self, path: Path) -> Path: ...
+
+    def html(self) -> str: ...
 
 
 def answers_table(report: ReportData) -> Table:
@@ -67,12 +70,38 @@ def log_position_curves(run: Any, rows: Sequence[Sequence[Any]]) -> None:
 
 
 def log_report(host: Any, report: Saveable) -> None:
-    """Log a report to the W&B run of the training, as JSON and as Markdown. Without a W&B run, do nothing."""
-    if host.wandb_run() is None:
+    """Log a report to the W&B run of the training. Without a W&B run, do nothing.
+
+    The JSON, Markdown and HTML files of the report are uploaded as artifacts. The HTML page is also shown in the run,
+    under the key ``edit/report``.
+    """
+    run = host.wandb_run()
+    if run is None:
         return
+    with require("wandb", extra="wandb"):
+        import wandb
+
+    names = {"report.json": "report", "report.md": "report-markdown", "report.html": "report-page"}
     with tempfile.TemporaryDirectory() as folder:
-        for name, kind in (("report.json", "report"), ("report.md", "report-markdown")):
+        for name, kind in names.items():
             host.log_file(report.save(Path(folder) / name), kind)
+    run.log({"edit/report": wandb.Html(report.html(), inject=False)})
+
+
+def log_configuration(run: Any, meta: Mapping[str, Any]) -> None:
+    """Store what identifies an edit in the configuration of its W&B run, under ``edit``. Without a W&B run, do nothing.
+
+    Args:
+        run: the :class:`~kedit_train.core.run.EditRun`.
+        meta: the metadata of a report on the edits.
+    """
+    wandb_run = run.host.wandb_run()
+    if wandb_run is None:
+        return
+    settings = {name: meta[name] for name in ("data_name", "data_hash", "n_edits", "model", "settings", "versions")}
+    settings |= {"scope": run.describe_scope(), "callbacks": [repr(callback) for callback in run.callbacks]}
+    settings |= {"arguments": callback_arguments(run.callbacks)}
+    wandb_run.config.update({"edit": settings}, allow_val_change=True)
 
 
 def _mark(before: str | None, after: str) -> str:

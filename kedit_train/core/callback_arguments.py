@@ -1,0 +1,66 @@
+"""The arguments of callbacks as plain values, for the configuration of a logged run."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Mapping, Sequence, Set
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from kedit_train.data import EditDataset
+from kedit_train.edit import Edit
+
+# A longer collection, such as a list of texts, is only counted.
+_LONGEST = 20
+_VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+
+
+def callback_arguments(callbacks: Iterable[Any]) -> dict[str, dict[str, Any]]:
+    """Return the constructor arguments of each callback as plain values.
+
+    A number, a text, None and a short collection of them stay as they are. A file is its path. Edits are their name,
+    their hash and their number. A longer collection is described by its length, and any other object by its class.
+
+    Args:
+        callbacks: instances of callbacks. The arguments are read from the attributes of the same names.
+
+    Returns:
+        A dict from the name of the class to a dict from argument to value. If there are several callbacks of one class,
+        the second is called "Name 2", the third "Name 3", and so on.
+
+    Example:
+        >>> from kedit_train.callbacks import NormBall
+        >>> callback_arguments([NormBall(0.5)])
+        {'NormBall': {'radius': 0.5, 'norm': 'linf', 'per': 'tensor', 'anchor': 'base', 'fraction': 0.6}}
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for callback in callbacks:
+        kind = type(callback).__name__
+        name, count = kind, 1
+        while name in found:
+            count += 1
+            name = f"{kind} {count}"
+        names = [p.name for p in inspect.signature(type(callback)).parameters.values() if p.kind not in _VARIADIC]
+        found[name] = {name: plain(getattr(callback, name)) for name in names if hasattr(callback, name)}
+    return found
+
+
+def plain(value: Any) -> Any:
+    """Return a value that JSON can store. :func:`callback_arguments` describes the result."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, Path):
+        return str(value)
+    is_list = isinstance(value, Sequence | Set)
+    if is_list and value and all(isinstance(item, Edit) for item in value):
+        edits = value if isinstance(value, EditDataset) else EditDataset(value)
+        return {"name": edits.name, "hash": edits.hash, "edits": len(edits)}
+    if is_dataclass(value) and not isinstance(value, type):
+        return {field.name: plain(getattr(value, field.name)) for field in fields(value)}
+    name = type(value).__name__
+    if (is_list or isinstance(value, Mapping)) and len(value) > _LONGEST:
+        return f"{name} of {len(value)} items"
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    return [plain(item) for item in value] if is_list else name
