@@ -22,18 +22,23 @@ from kedit_train import EditDelta, EditError, load_model, world
 from kedit_train.callbacks import (
     ActiveSet,
     BatchAnchor,
+    ContextTeacher,
     EditMetrics,
+    GradientMask,
     KLLocality,
     LowCurvature,
+    MaskScore,
     NormBall,
     NullSpace,
     ParameterScope,
+    PolyakStep,
     PrefixCache,
     SaveDelta,
     SecondOrderLocality,
     SubjectTokens,
     TokenLoss,
     TokenSmoothing,
+    WeightAnchor,
     editing,
 )
 from kedit_train.core.scope.scope import find_layers, resolve_scope
@@ -337,6 +342,9 @@ SETTINGS: dict[str, Callable[[Any], list[Any]]] = {
     "SecondOrderLocality": lambda edits: [SecondOrderLocality(TEXTS, batch_size=2), TokenSmoothing()],
     "LowCurvature": lambda edits: [LowCurvature(TEXTS, batch_size=2), TokenLoss("dft")],
     "ActiveSet": lambda edits: [ActiveSet(recheck=1), TokenSmoothing()],
+    "WeightAnchor": lambda edits: [WeightAnchor("ewc", strength=100.0, texts=TEXTS), PolyakStep(), TokenSmoothing()],
+    "GradientMask": lambda edits: [GradientMask(MaskScore("gradient", limit=4), density=0.2, edits=edits)],
+    "ContextTeacher": lambda edits: [ContextTeacher(edits, min_followed=0.0)],
 }
 
 
