@@ -25,7 +25,8 @@ def load_model(name: str, *, dtype: str = "float32", trust_remote_code: bool = F
 
     A PEFT adapter is loaded on top of its base model. It is not merged into the base model, because merging into bf16
     weights would round the adapter's effect. If the folder of the adapter (or its repository on the hub) contains
-    ``gate.safetensors``, which ``GatedAdapter`` saves, the model gets this gate.
+    ``gate.safetensors``, which ``GatedAdapter`` saves, the model gets this gate. A vision-language model is loaded with
+    its vision tower.
 
     Args:
         name: a model name on the Hugging Face Hub, a folder saved by ``save_pretrained``, the folder of a PEFT
@@ -47,7 +48,7 @@ def load_model(name: str, *, dtype: str = "float32", trust_remote_code: bool = F
         >>> model.config.model_type
         'llama'
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     base = adapted_base(name)
     if base is not None:
@@ -59,7 +60,7 @@ def load_model(name: str, *, dtype: str = "float32", trust_remote_code: bool = F
         loaded: Any = (
             load_gguf(name, dtype=dtype)
             if is_gguf(name)
-            else AutoModelForCausalLM.from_pretrained(
+            else _auto_class(name, trust_remote_code).from_pretrained(
                 name, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True
             )
         )
@@ -81,6 +82,18 @@ def load_model(name: str, *, dtype: str = "float32", trust_remote_code: bool = F
         else:
             tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     return model, tokenizer
+
+
+def _auto_class(name: str, trust_remote_code: bool) -> Any:
+    """Return the class that loads a checkpoint: for vision-language models, ``AutoModelForImageTextToText``."""
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    only_with_images = (
+        type(config) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+        and type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+    )
+    return transformers.AutoModelForImageTextToText if only_with_images else transformers.AutoModelForCausalLM
 
 
 def _load_adapted(name: str, base: str, *, dtype: str, trust_remote_code: bool) -> tuple[Any, Any]:

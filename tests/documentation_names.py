@@ -13,6 +13,7 @@ from typing import Any
 
 import lightning
 import torch
+from vision_models import PICTURE, build_model, build_processor, picture
 
 from kedit_train import EditDataModule, EditDataset, EditDelta, EditModule, TrainLoop, callbacks, evaluate, world
 from kedit_train.world.counterfactual import locality_texts, other_prompts
@@ -114,6 +115,20 @@ def documents() -> dict[str, Any]:
     }
 
 
+def vision_language() -> dict[str, Any]:
+    """Return the names of a program that edits a vision-language model."""
+    from datasets import Dataset
+
+    names, processor = language_model(), build_processor()
+    names["args"].max_length = None
+    rows = [
+        {"prompt": f"{PICTURE}{edit.prompt}", "completion": f" {edit.target}", "images": [picture(i)]}
+        for i, edit in enumerate(names["edits"])
+    ]
+    own = {"model": build_model(processor.tokenizer), "processor": processor, "dataset": Dataset.from_list(rows)}
+    return {**names, **own}
+
+
 class Forecaster(lightning.LightningModule):
     """A forecaster that predicts 3 values from a window of 6 values."""
 
@@ -151,4 +166,5 @@ PROGRAMS = {
     "documents.md": documents,
     "forecast_metrics.md": forecasts,
     "output_anchor.md": forecasts,
+    "vision_language.md": vision_language,
 }

@@ -98,6 +98,8 @@ class SubjectTokens(EditCallback):
         # whether checkpointing recomputes a block whose positions are known.
         self._chosen: Tensor | None = None
         self._inside = self._recalled = self._warned = False
+        # The token ids and the attention mask of the current call of a module around the backbone.
+        self._received: tuple[Tensor, Any] | None = None
 
     def prepare(self, run: EditRun) -> None:
         run.causal_model()
@@ -124,9 +126,14 @@ class SubjectTokens(EditCallback):
         self._run, self._positions = run, SubjectPositions(run.tokenizer(), edits)
         self._chosen, self._warned = None, False
         self._inside = self._recalled = False
-        backbone = run.model.get_submodule(path.rpartition(".")[0])
+        names = path.split(".")[:-1]
+        backbone = run.model.get_submodule(".".join(names))
         blocks = run.model.get_submodule(path)
         add = self._handles.append
+        for depth in range(len(names)):
+            around = run.model.get_submodule(".".join(names[:depth]))
+            add(around.register_forward_pre_hook(weak_hook(self._receive), with_kwargs=True))
+            add(around.register_forward_hook(weak_hook(self._forget), always_call=True))
         add(backbone.register_forward_pre_hook(weak_hook(self._enter), with_kwargs=True))
         add(backbone.register_forward_hook(weak_hook(self._leave), always_call=True))
         for index in sorted({index for _, index in places.values()}):
@@ -160,9 +167,18 @@ class SubjectTokens(EditCallback):
     def detach(self, run: EditRun) -> None:
         for handle in self._handles:
             handle.remove()
-        self._handles, self._positions, self._run, self._chosen = [], None, None, None
+        self._handles, self._positions, self._run, self._chosen, self._received = [], None, None, None, None
 
     # -- one forward pass, in the order of the calls
+
+    def _receive(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Remember the token ids. The backbone of a vision-language model receives embeddings instead."""
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        if isinstance(ids, Tensor):
+            self._received = ids, kwargs.get("attention_mask")
+
+    def _forget(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._received = None
 
     def _enter(self, backbone: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._chosen, self._inside, self._recalled = None, True, False
@@ -170,14 +186,16 @@ class SubjectTokens(EditCallback):
         if run is None or positions is None or run.steps.adding_penalties or not torch.is_grad_enabled():
             return
         inputs = call_arguments(backbone, args, kwargs)
-        ids = inputs.get("input_ids")
+        ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
+        if ids is None and self._received is not None:
+            ids, mask = self._received
         if not isinstance(ids, Tensor) or ids.ndim != 2:
             with reported_by("SubjectTokens"):
                 raise EditError(
                     "the model must receive input_ids [rows, length] to find the subjects, got no token ids (for "
                     "example inputs_embeds); remove SubjectTokens."
                 )
-        self._chosen = positions.find(ids, real_tokens(inputs.get("attention_mask"), ids))
+        self._chosen = positions.find(ids, real_tokens(mask, ids))
 
     def _leave(self, backbone: nn.Module, args: Any, output: Any) -> None:
         self._inside = False

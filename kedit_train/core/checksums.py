@@ -16,6 +16,8 @@ from kedit_train.core.drift.shards import local_part, reduce_over_shards
 # usually even. The number here is odd, so that a regular change of a matrix (two swapped columns, a flipped sign) is
 # spread over several columns.
 _WIDTH = 251
+# Number of words in the summaries that are combined at once. Combining them needs about ten times their memory.
+_WORDS_AT_ONCE = 2**20
 
 
 @torch.no_grad()
@@ -35,8 +37,21 @@ def checksum(tensor: Tensor) -> Tensor:
 
 @torch.no_grad()
 def checksums(tensors: Iterable[Tensor]) -> list[int]:
-    """Return the :func:`checksum` of each tensor. The devices are synchronized once for all tensors."""
-    summaries = [_summary(local_part(tensor.detach())) for tensor in tensors]
+    """Return the :func:`checksum` of each tensor. The devices are synchronized once for about 2 GB of tensors."""
+    sums: list[int] = []
+    group: list[list[Tensor]] = []
+    words = 0
+    for tensor in tensors:
+        group.append(_summary(local_part(tensor.detach())))
+        words += sum(map(len, group[-1]))
+        if words > _WORDS_AT_ONCE:
+            sums += _combine_by_device(group)
+            group, words = [], 0
+    return sums + _combine_by_device(group)
+
+
+def _combine_by_device(summaries: list[list[Tensor]]) -> list[int]:
+    """Compute the checksums of tensors that may be on several devices."""
     sums: list[int] = [0] * len(summaries)
     for device in {summary[0].device for summary in summaries}:
         positions = [i for i, summary in enumerate(summaries) if summary[0].device == device]
@@ -88,7 +103,7 @@ def _combine(summaries: list[list[Tensor]]) -> Tensor:
     Returns:
         The checksums, int64 [tensors].
     """
-    # All tensors are combined at once, because one operation per tensor would be slow for many small tensors.
+    # Many tensors are combined at once, because one operation per tensor would be slow for many small tensors.
     halves = torch.cat([vector for summary in summaries for vector in summary]).view(torch.int32)
     counts = [2 * sum(map(len, summary)) for summary in summaries]
     positions = torch.arange(1, max(counts) + 1, device=halves.device)

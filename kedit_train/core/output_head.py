@@ -110,8 +110,9 @@ class OutputHead:
         enabled = torch.is_autocast_enabled(device)
         self.autocast = {"device_type": device, "dtype": torch.get_autocast_dtype(device), "enabled": enabled}
         self.captured = hidden
-        # The head gets only one position of one row. One position of each row would be slower to multiply.
-        return (hidden[:1, -1:], *args[1:])
+        # The head gets only one position of one row. One position of each row would be slower to multiply. The slice
+        # hidden[:1, -1:] would have other strides: on a CPU, torch then copies a frozen bf16 weight for the product.
+        return (hidden[0, -1:].unsqueeze(0), *args[1:])
 
     def hidden(self, **inputs: Any) -> Tensor:
         """Run the model and return the input of its output head, [batch, length, hidden]."""

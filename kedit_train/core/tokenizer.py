@@ -16,14 +16,16 @@ def find_tokenizer(given: Any | None, model: Any) -> Any:
     """Return the given tokenizer, or load it.
 
     Args:
-        given: a tokenizer, a name or a path. None selects the tokenizer saved with the model.
+        given: a tokenizer, a processor that contains one, a name or a path. None selects the tokenizer saved with the
+            model.
         model: the model.
 
     Raises:
         EditError: no tokenizer can be loaded, or ``given`` is not a tokenizer, a name or a path.
     """
     if callable(given):
-        return given
+        # The processor of a vision-language model contains a tokenizer.
+        return getattr(given, "tokenizer", given)
     name = given or getattr(getattr(model, "config", None), "_name_or_path", "")
     if not name:
         raise EditError("no tokenizer found; pass tokenizer= (a tokenizer, a name or a path).")

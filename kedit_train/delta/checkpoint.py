@@ -63,7 +63,10 @@ def _jobs(
     If the checkpoint stores a tied tensor under several names, the change is written under each of these names.
     """
     places = {name: (path, span) for path, spans in shards.items() for name, span in spans.items()}
-    stored = {name: [alias for alias in (name, *change.tied) if alias in places] for name, change in changes.items()}
+    stored = {
+        name: [alias for alias in (name, *change.tied) if alias in places] or _other_names(name, change, places)
+        for name, change in changes.items()
+    }
     missing = next((name for name, aliases in stored.items() if not aliases), None)
     if missing is not None and is_stack(missing, changes[missing].shape):
         raise EditError(
@@ -83,6 +86,24 @@ def _jobs(
             change.require("base" if to == "edited" else "edited", alias, read_tensor(path, span, alias))
             jobs.setdefault(path, {})[alias] = (span, change)
     return jobs
+
+
+def _other_names(name: str, change: Change, places: Mapping[str, tuple[Path, Span]]) -> list[str]:
+    """Return the name under which the checkpoint stores a tensor, if it differs from the name in the model.
+
+    The checkpoints of some vision-language models store ``model.language_model.layers.0.mlp.down_proj.weight`` as
+    ``model.layers.0.mlp.down_proj.weight``. The two names have the same end, from the list of layers on. The contents
+    of the tensor are compared later, as for all tensors.
+    """
+    parts = name.split(".")
+    numbers = [i for i, part in enumerate(parts) if part.isdigit()]
+    end = parts[max(0, numbers[-1] - 1) if numbers else -2 :]
+    found = [
+        other
+        for other, (_, span) in places.items()
+        if other.split(".")[-len(end) :] == end and tuple(span.shape) == tuple(change.shape)
+    ]
+    return found if len(found) == 1 else []
 
 
 def _patch(copy: Path, original: Path, jobs: Mapping[str, tuple[Span, Change]], to: str) -> None:

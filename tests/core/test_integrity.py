@@ -11,6 +11,7 @@ from torch import nn
 
 from kedit_train import world
 from kedit_train.callbacks import EditCallback, GradientMask, NormBall, ParameterScope, editing
+from kedit_train.core import checksums as checksums_module
 from kedit_train.core.checksums import checksum, checksums, first_not_finite
 from kedit_train.errors import EditError
 
@@ -314,3 +315,14 @@ def test_a_sum_that_overflows_is_finite() -> None:
     assert first_not_finite([large]) is None
     large[-1] = torch.nan
     assert first_not_finite([torch.ones(3), large]) == 1
+
+
+def test_checksums_do_not_depend_on_how_many_tensors_are_combined_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(1)
+    tensors = [torch.randn(size) for size in (1, 3, 5000, 4, 9000, 2)]
+    whole, groups, own = checksums(tensors), [], checksums_module._combine
+    monkeypatch.setattr(checksums_module, "_WORDS_AT_ONCE", 20)
+    monkeypatch.setattr(checksums_module, "_combine", lambda group: groups.append(len(group)) or own(group))
+    assert checksums(iter(tensors)) == whole
+    assert groups == [3, 2, 1]
+    assert checksums([]) == []

@@ -39,6 +39,18 @@ def test_projection_equals_the_logits_of_the_model(tiny, family):
         assert torch.equal(model(input_ids=IDS).logits, want), "the model is unchanged outside of capturing()"
 
 
+def test_the_head_receives_one_position_in_the_layout_of_a_new_tensor(tiny):
+    """On a CPU, torch copies a frozen half-precision weight if a product has an input with other strides."""
+    model = tiny("llama").requires_grad_(False).eval()
+    head = head_of(model)
+    received = []
+    model.lm_head.register_forward_pre_hook(lambda module, args: received.append(args[0]))
+    hidden = head.hidden(input_ids=IDS)
+    (own,) = received
+    assert torch.equal(own, hidden[:1, -1:])
+    assert own.stride() == torch.empty(1, 1, 16).stride() != hidden[:1, -1:].stride()
+
+
 @pytest.mark.parametrize(("family", "scale"), [("cohere", 0.0625), ("granite", 1 / 8), ("llama", 1.0)])
 def test_the_logits_of_the_model_decide_whether_a_scale_multiplies_or_divides(tiny, family, scale):
     assert head_of(tiny(family)).scale == scale

@@ -63,16 +63,33 @@ def real_tokens(attention_mask: Any, like: Tensor) -> Tensor:
     return torch.ones_like(like, dtype=torch.bool)
 
 
-def supervised_keys(input_ids: Tensor, labels: Tensor, real: Tensor) -> list[str]:
+def is_per_example(name: str, value: Tensor, examples: int) -> bool:
+    """Return whether a tensor argument of a forward call has one entry per example of the batch.
+
+    Position ids of vision-language models, [3, batch, length], have one entry per direction.
+
+    Args:
+        name: the name of the argument.
+        value: the argument.
+        examples: number of examples in the batch.
+    """
+    return value.ndim > 0 and len(value) == examples and not (name == "position_ids" and value.ndim > 2)
+
+
+def supervised_keys(input_ids: Tensor, labels: Tensor, real: Tensor, others: Sequence[Tensor] = ()) -> list[str]:
     """Return one key per example: a hash of the example's token ids and labels without padding.
 
     Args:
         input_ids: [B, S].
         labels: [B, S].
         real: bool [B, S], as returned by :func:`real_tokens`.
+        others: tensors [B, ...] without padding that are also part of the keys, for example images.
     """
     examples = zip(input_ids.cpu(), labels.cpu(), real.cpu(), strict=True)
-    return [hash_content(torch.stack([ids[where], targets[where]])) for ids, targets, where in examples]
+    return [
+        hash_content(torch.stack([ids[where], targets[where]]), *(other[i] for other in others))
+        for i, (ids, targets, where) in enumerate(examples)
+    ]
 
 
 def forward_keys(inputs: Mapping[str, Any], labels: Tensor) -> list[str]:

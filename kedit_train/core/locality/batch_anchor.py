@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from kedit_train.core.cache.hidden_state_store import HiddenStateStore
-from kedit_train.core.cache.sequence_keys import forward_keys
+from kedit_train.core.cache.sequence_keys import forward_keys, is_per_example
 from kedit_train.core.locality.divergence_penalty import DivergencePenalty
 from kedit_train.core.locality.reference_cache import ReferenceCache
 from kedit_train.core.output_head import evaluation_mode
@@ -160,7 +160,7 @@ def _per_example(name: str, value: Any, examples: int) -> Any:
             "KLLocality with texts."
         )
     # A single example may have tensors of another length, such as the starts of its packed sequences.
-    if examples == 1 or (value.ndim and value.shape[0] == examples):
+    if examples == 1 or is_per_example(name, value, examples):
         return value
     if value.ndim and value.shape[0] == 1:
         return value.expand(examples, *value.shape[1:])

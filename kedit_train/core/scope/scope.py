@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from fnmatch import fnmatchcase
 
 from torch import nn
@@ -11,6 +11,7 @@ from torch import nn
 from kedit_train.arguments import cut
 from kedit_train.core.scope.computed_weights import computed_weights
 from kedit_train.core.scope.experts import names_in_dense_model, router_parameters
+from kedit_train.core.scope.language_part import language_path, parts_outside_language_model
 from kedit_train.data.visible import is_visible
 from kedit_train.errors import EditError
 
@@ -24,7 +25,8 @@ def find_layers(model: nn.Module) -> tuple[str, int]:
     """Find the stack of layers of a model.
 
     The stack is the outermost ``nn.ModuleList`` that has ``config.num_hidden_layers`` entries. If no list has this
-    length, the model must have exactly one outermost ``nn.ModuleList``.
+    length, the model must have exactly one outermost ``nn.ModuleList``. In a model that also reads images or audio, the
+    stack is that of the language model.
 
     Returns:
         The dotted name of the stack and the number of its layers.
@@ -33,6 +35,9 @@ def find_layers(model: nn.Module) -> tuple[str, int]:
         EditError: the model has no stack of layers, or several.
     """
     stacks = {name: len(m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)}
+    language = language_path(model)
+    if language is not None:
+        stacks = {name: size for name, size in stacks.items() if name.startswith(f"{language}.")}
     outermost = {n: size for n, size in stacks.items() if not any(n.startswith(f"{other}.") for other in stacks)}
     config = getattr(model, "config", None)
     text_config = getattr(config, "get_text_config", lambda: config)()
@@ -177,19 +182,22 @@ def resolve_scope(model: nn.Module, layers: Layers = None, modules: Modules = No
     dense model: "mlp.down_proj" matches ``mlp.experts.down_proj`` and ``mlp.shared_expert.down_proj.weight``. Routers
     are selected only by a pattern that contains the name of the router ("mlp.gate"), or by "*".
 
+    In a model that also reads images or audio, patterns match the parameters of the language model. A part outside of
+    the language model is selected only by a pattern that contains its name ("visual.blocks"), or by "*".
+
     Args:
         model: any module.
         layers: the selected layers, as in :func:`layer_indices`. None also includes parameters outside the layers.
         modules: one pattern or several, as in :func:`matches`. None selects all modules in the selected layers, but no
-            routers.
+            routers and no parts outside of the language model.
 
     Returns:
         A dict from name to parameter.
 
     Raises:
-        EditError: a layer is out of range, or a pattern matches nothing, only frozen parameters or only routers. The
-            error is also raised if a pattern matches a computed weight (for example of weight norm), but the patterns
-            do not match all parameters from which torch computes this weight.
+        EditError: a layer is out of range, or a pattern matches nothing, only frozen parameters, only routers or only
+            parts outside of the language model. The error is also raised if a pattern matches a computed weight (for
+            example of weight norm), but the patterns do not match all parameters from which torch computes this weight.
     """
     patterns = _patterns(modules)
     named = list(model.named_parameters(remove_duplicate=False))
@@ -198,14 +206,23 @@ def resolve_scope(model: nn.Module, layers: Layers = None, modules: Modules = No
         stack, depth = find_layers(model)
         prefixes = tuple(f"{stack}.{index}." for index in layer_indices(layers, depth))
         named = [(name, p) for name, p in named if name.startswith(prefixes)]
-    _check_computed(model, prefixes, patterns)
+    parts = parts_outside_language_model(model)
+    _check_computed(model, prefixes, patterns, parts)
     dense, routers = names_in_dense_model(name for name, _ in named), router_parameters(name for name, _ in named)
+    # Parameter -> the name that a pattern must contain to select it.
+    required = routers | parts
     selected: set[int] = set()
     within = "" if layers is None else f" in layers={layers!r}"
     for pattern in patterns:
         matched = [pair for pair in named if matches(pair[0], pattern) or matches(dense.get(pair[0], ""), pattern)]
         whole_model = modules is not None and pattern == "*"
-        matching = [p for name, p in matched if whole_model or routers.get(name, "") in ("", *pattern.split("."))]
+        matching = [p for name, p in matched if whole_model or required.get(name, "") in ("", *pattern.split("."))]
+        if matched and not matching and (part := parts.get(matched[0][0])):
+            raise EditError(
+                f"modules={pattern!r}{within} matches only parameters outside of the language model, which stay frozen "
+                f"unless a pattern contains the name of their part; select other modules, or write {part!r} in the "
+                f"pattern, for example modules='{part}.*'."
+            )
         if matched and not matching:
             raise EditError(
                 f"modules={pattern!r}{within} matches only routers, which stay frozen unless a pattern contains "
@@ -231,10 +248,14 @@ def resolve_scope(model: nn.Module, layers: Layers = None, modules: Modules = No
     return {name: p for name, p in model.named_parameters() if id(p) in selected}
 
 
-def _check_computed(model: nn.Module, prefixes: tuple[str, ...], patterns: Sequence[str]) -> None:
+def _check_computed(
+    model: nn.Module, prefixes: tuple[str, ...], patterns: Sequence[str], parts: Mapping[str, str]
+) -> None:
     """Raise an error if the patterns match a computed weight, but not all parameters that it is computed from."""
     for weight in computed_weights(model):
-        pattern = next((p for p in patterns if weight.name.startswith(prefixes) and matches(weight.name, p)), None)
+        part = next((parts[name] for name in weight.originals if name in parts), "")
+        matching = [p for p in patterns if matches(weight.name, p) and part in ("", *p.split("."))]
+        pattern = next((p for p in matching if weight.name.startswith(prefixes)), None)
         trainable = [name for name, parameter in weight.originals.items() if parameter.requires_grad]
         if pattern is not None and not all(any(matches(name, p) for p in patterns) for name in trainable):
             raise EditError(

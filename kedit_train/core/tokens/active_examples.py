@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kedit_train.core.cache.sequence_keys import real_tokens, supervised_keys
+from kedit_train.core.cache.sequence_keys import is_per_example, real_tokens, supervised_keys
 from kedit_train.core.tokens.interfaces import LeftOut, LeftOutExample
 from kedit_train.functional.labels import IGNORE_INDEX
 
@@ -17,8 +17,8 @@ from kedit_train.functional.labels import IGNORE_INDEX
 class ActiveExamples:
     """An example filter that leaves learned examples out of the batches.
 
-    An example is identified by its token ids and labels, without padding. So the filter recognizes an example in every
-    batch.
+    An example is identified by its token ids, its labels and its images, without padding. So the filter recognizes an
+    example in every batch.
 
     Args:
         recheck: number of times that a learned example is left out before the model runs on it again.
@@ -58,12 +58,14 @@ class ActiveExamples:
         ids, labels = kwargs.get("input_ids"), kwargs["labels"]
         tensors = {k: v for k, v in kwargs.items() if isinstance(v, Tensor) and k != "num_items_in_batch"}
         nested = any(isinstance(value, list | tuple | dict) for value in kwargs.values())
-        per_example = not nested and all(value.shape[:1] == labels.shape[:1] for value in tensors.values())
+        per_example = not nested and all(is_per_example(k, v, len(labels)) for k, v in tensors.items())
         if not isinstance(ids, Tensor) or len(labels) < 2 or not per_example:
             self._keys = []
             return dict(kwargs), LeftOut()
         real = real_tokens(kwargs.get("attention_mask"), labels)
-        keys = supervised_keys(ids, labels, real)
+        # Two examples with the same text and different images are different examples.
+        images = [v for k, v in tensors.items() if k != "attention_mask" and v.shape[:2] != labels.shape]
+        keys = supervised_keys(ids, labels, real, images)
         lengths = real.sum(1).tolist()
         kept = [i for i, key in enumerate(keys) if not self._leave_out(key)]
         supervised = (labels[:, 1:] != IGNORE_INDEX).sum(1).tolist()

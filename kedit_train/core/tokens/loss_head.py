@@ -23,7 +23,7 @@ from kedit_train.core.tokens.interfaces import (
     TokenTerm,
 )
 from kedit_train.core.tokens.loss_output import fused_output, model_output
-from kedit_train.core.tokens.sequences import first_of_sequence, sequence_numbers, sequence_weights
+from kedit_train.core.tokens.sequences import first_of_sequence, sequence_numbers, sequence_weights, text_positions
 from kedit_train.core.transforms import check_no_transform
 from kedit_train.errors import EditError
 from kedit_train.functional.chunked_loss import chunk_length, chunked
@@ -40,7 +40,7 @@ class _Call:
         labels: [batch, length].
         items: ``num_items_in_batch``, the number of tokens over which the host takes the mean, or None.
         fused: whether TRL made the call and expects the output of its fused head.
-        positions: position ids, or None.
+        positions: position ids in the text, or None.
         reference_states: the hidden states of the reference model at the N supervised tokens, [N, hidden]. None if the
             loss has no second term (:class:`TokenTerm`).
         soft_targets: tensors [N, ...] with the soft targets of the N supervised tokens. Empty without soft targets.
@@ -161,7 +161,7 @@ class LossHead:
             labels=kwargs.pop("labels"),
             items=kwargs.pop("num_items_in_batch", None),
             fused=fused,
-            positions=kwargs.get("position_ids"),
+            positions=text_positions(kwargs.get("position_ids")),
             reference_states=reference,
             soft_targets=soft_targets,
             left_out=left_out,

@@ -91,7 +91,9 @@ class PromptBatch:
         if self.takes_positions:
             inputs["position_ids"] = position_ids(self.mask)[:, -unread:]
         if self.takes_logits_to_keep:
-            inputs["logits_to_keep"] = 1
+            # With the number 1, the head would receive a slice of the hidden states. On a CPU, torch would then copy a
+            # frozen bf16 weight of the head once for each sequence.
+            inputs["logits_to_keep"] = torch.tensor([unread - 1], device=self.ids.device)
         return self.model(**inputs).logits[:, -1].float()
 
     def logits_of_targets(self, rows: Sequence[int], targets: Sequence[Sequence[int]]) -> list[Tensor]:

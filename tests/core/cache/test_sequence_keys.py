@@ -12,6 +12,7 @@ from torch import Tensor
 from kedit_train.core.cache.sequence_keys import (
     forward_keys,
     hash_content,
+    is_per_example,
     read_sequences,
     real_tokens,
     supervised_keys,
@@ -158,3 +159,28 @@ def test_a_supervised_first_token_after_left_padding_gives_the_reason() -> None:
     inputs["labels"][0, 3] = 3
     expected = "a supervised token is predicted from padding; set the label of each sequence's first token to -100"
     assert read(inputs) == expected
+
+
+def test_images_are_part_of_the_key_of_an_example() -> None:
+    inputs, images = batch(), torch.randn(3, 2, 4, 4)
+    real = real_tokens(inputs["attention_mask"], inputs["labels"])
+    keys = supervised_keys(inputs["input_ids"], inputs["labels"], real, [images])
+    assert keys == supervised_keys(inputs["input_ids"], inputs["labels"], real, [images.clone()])
+    images[1] += 1
+    changed = supervised_keys(inputs["input_ids"], inputs["labels"], real, [images])
+    assert [a == b for a, b in zip(keys, changed, strict=True)] == [True, False, True]
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "expected"),
+    [
+        ("pixel_values", (3, 2, 4, 4), True),
+        ("pixel_values", (12, 5), False),
+        ("position_ids", (3, 6), True),
+        # Positions in time, height and width of a batch of 3 examples.
+        ("position_ids", (3, 3, 6), False),
+        ("num_items_in_batch", (), False),
+    ],
+)
+def test_whether_an_argument_has_one_entry_per_example(name: str, shape: tuple[int, ...], expected: bool) -> None:
+    assert is_per_example(name, torch.zeros(shape), 3) is expected

@@ -54,6 +54,17 @@ def test_batched_decoding_equals_greedy_search_of_transformers(factlm: Path, nam
         assert answer.text == tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip()
 
 
+def test_the_head_receives_hidden_states_in_the_layout_of_a_new_tensor() -> None:
+    """On a CPU, torch copies a frozen half-precision weight for each sequence if the input has other strides."""
+    model = _model("mistral").eval().requires_grad_(False)
+    received: list[torch.Tensor] = []
+    model.lm_head.register_forward_pre_hook(lambda module, args: received.append(args[0]))
+    rows = [[5, 6, 7, 8], [9, 10]]
+    decode_greedily(model, rows, [3, 3], lambda token: False, pad_id=0)
+    assert [tuple(states.shape) for states in received] == [(2, 1, 16)] * 3
+    assert all(states.stride() == torch.empty(2, 1, 16).stride() for states in received)
+
+
 def test_ended_sequences_leave_the_batch(scripted_model: Any) -> None:
     script = {"1:": " a", "2:": " bcdefgh", "3:": " ij", "4:": " k"}
     model, tokenizer = scripted_model(script)

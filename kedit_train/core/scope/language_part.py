@@ -1,0 +1,52 @@
+"""Find the language model inside a model that also reads images, videos or audio.
+
+In transformers, the configuration of such a model has a part ``text_config``, and ``get_decoder()`` returns its
+language model. The vision tower and the projector are outside the language model. Their modules can have the same names
+as those of the language model: Qwen2.5-VL has ``mlp.down_proj`` in both.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+
+def language_path(model: nn.Module) -> str | None:
+    """Return the name of the language model inside a multimodal model, without its output head.
+
+    Returns:
+        For example "model.language_model". None if the model reads only text.
+    """
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    config = getattr(base, "config", None)
+    if getattr(config, "text_config", None) is None or not hasattr(base, "get_decoder"):
+        return None
+    decoder = base.get_decoder()
+    return next((name for name, module in model.named_modules() if module is decoder and module is not base), None)
+
+
+def parts_outside_language_model(model: nn.Module) -> dict[str, str]:
+    """Return the parameters of a multimodal model that do not belong to its language model.
+
+    The embeddings of the tokens and the output head belong to the language model.
+
+    Returns:
+        A dict from the name of a parameter to the name of its part, for example
+        {"model.visual.blocks.0.mlp.down_proj.weight": "visual"}. Empty if the model reads only text.
+    """
+    path = language_path(model)
+    if path is None:
+        return {}
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    own = [model.get_submodule(path), base.get_input_embeddings(), base.get_output_embeddings()]
+    inside = {id(p) for module in own if module is not None for p in module.parameters()}
+    around = path.split(".")
+    parts = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if id(parameter) not in inside:
+            names = name.split(".")
+            # The part is the outermost module that does not contain the language model.
+            shared = next((i for i, (a, b) in enumerate(zip(names, around, strict=False)) if a != b), len(around))
+            parts[name] = names[min(shared, len(names) - 1)]
+    return parts
