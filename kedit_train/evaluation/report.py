@@ -172,7 +172,7 @@ class Report(ReportData):
         # progress bar, because it uses sys.stdout, which rich replaces. A new console would bypass this replacement.
         own = Console()
         if own.is_jupyter:
-            from IPython.display import HTML, display
+            from IPython.display import HTML, display  # pyright: ignore[reportMissingImports]
 
             display(HTML(fragment(render_html(self, answers))))
             return

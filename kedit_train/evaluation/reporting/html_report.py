@@ -38,8 +38,8 @@ def render_html(report: ReportData, answers: int, norms: Mapping[str, Mapping[st
         norms: the norms of the weight change per tensor, as ``EditDelta.norms`` returns them. None: the norms that the
             evaluation measured, if it was given the weights before the edit.
     """
-    norms = report.meta.get(BY_TENSOR, {}) if norms is None else norms
-    parts = [*_scores(report), *_positions(report), *_answers(report, answers), *drift_section(norms)]
+    by_tensor = report.meta.get(BY_TENSOR, {}) if norms is None else norms
+    parts = [*_scores(report), *_positions(report), *_answers(report, answers), *drift_section(by_tensor)]
     return "\n".join([*parts, *_reproduction(report)])
 
 
@@ -122,7 +122,7 @@ def _answers(report: ReportData, limit: int) -> Iterator[str]:
         with_target = results[0].question == "reliability"
         names = ["prompt", *(["before", "after"] if compared else ["answer"]), *(["target"] if with_target else [])]
         head = [Cell(), *(Cell(text=name) for name in names)]
-        rows = (_answer_cells(result, compared, with_target) for result in results[:limit])
+        rows = (list(_answer_cells(result, compared, with_target)) for result in results[:limit])
         yield table(head, rows, cards=True)
         if len(results) > limit:
             yield paragraph(f"{len(results) - limit} more are in Report.answers and in the JSON file.", "dim")
