@@ -22,6 +22,8 @@ from kedit_train.functional.precision import wide
 
 # The longest step, as a fraction of the norm of the weights in scope.
 _LONGEST = 0.1
+# A warning is issued if the average loss has not fallen by one percent in this number of steps.
+_STALLED = 20
 
 
 class PolyakStep(EditCallback):
@@ -37,6 +39,9 @@ class PolyakStep(EditCallback):
     ``NormBall``, ``GradientMask``) are applied after the step. If ``NormBall`` removes a part of the step, the loss
     falls by less than predicted. This does not happen with ``NullSpace``, ``LowCurvature`` and ``GradientMask``: these
     callbacks project not only the step but also the gradient from which the prediction is computed.
+
+    If an edit cannot be learned, the loss stops falling, but every step still moves the weights and changes other
+    answers. A warning is issued if the average loss has not fallen by one percent in 20 steps.
 
     Args:
         step_size: how much a step reduces the training loss according to the gradient, as a fraction of the loss. A
@@ -83,6 +88,8 @@ class PolyakStep(EditCallback):
         self._before: dict[str, Tensor] = {}
         self._averages = AdamAverages()
         self._norm = 0.0
+        # The lowest average loss so far, and the number of steps since then.
+        self._lowest, self._since = math.inf, 0
 
     def provides(self) -> set[str]:
         return {"optimizer_step"}
@@ -100,6 +107,7 @@ class PolyakStep(EditCallback):
 
     def attach(self, run: EditRun) -> None:
         self._gradients, self._before, self._averages = {}, {}, AdamAverages()
+        self._lowest, self._since = math.inf, 0
         # After gradient clipping, the gradient would no longer predict how much a step reduces the loss.
         largest = run.host.disable_clipping()
         if largest is not None:
@@ -162,6 +170,7 @@ class PolyakStep(EditCallback):
             # A checkpoint contains complete averages.
             values.update({name: shard_like(values[name], g) for name, g in gradients.items() if name in values})
         loss, means, adam = averages.update(gradients, loss_now, mean=mean)
+        self._warn_if_stalled(loss)
         slope = total(means[name] * u for name, u in adam.items())
         directions = {name: self.change(name, u) for name, u in adam.items()}
         norm = total(direction.square() for direction in directions.values()) ** 0.5
@@ -171,6 +180,18 @@ class PolyakStep(EditCallback):
         for name, direction in directions.items():
             changed[name] = (wide(before[name]) - direction * length).to(before[name].dtype)
         return changed
+
+    def _warn_if_stalled(self, loss: float) -> None:
+        if loss < 0.99 * self._lowest:
+            self._lowest, self._since = loss, 0
+            return
+        self._since += 1
+        if self._since == _STALLED:
+            warn(
+                f"the average training loss has not fallen in the last {_STALLED} steps (now {loss:.3g}), but every "
+                "step still moves the weights; an edit may be impossible to learn in this scope: find it with "
+                "EditMetrics(every_n_steps=), and remove or reword it, or stop the training here."
+            )
 
     def state(self) -> dict[str, Any]:
         averages = self._averages

@@ -46,8 +46,10 @@ class SubjectTokens(EditCallback):
     subject. On the small bundled model, many edits with this callback do not succeed. The example below only shows the
     calls.
 
-    A training example belongs to an edit if its text contains the prompt of the edit. Examples without the prompt of an
-    edit and edits without a subject are trained at all tokens. Penalties on other texts, such as ``KLLocality``, act at
+    A training example belongs to an edit if its text contains the prompt of the edit. If the subject is only the first
+    token of the text, the example is trained at all tokens of the prompt, because most models store nothing about a
+    subject at the first position (an attention sink). Examples without the prompt of an edit and edits without a
+    subject are trained at all tokens. Penalties on other texts, such as ``KLLocality``, act at
     all tokens, too. Losses on the training examples, such as ``TokenLoss`` and ``BatchAnchor``, act only at the tokens
     of the subject.
 
@@ -97,7 +99,7 @@ class SubjectTokens(EditCallback):
         # The chosen positions of the current forward pass [rows, length], whether the pass is inside the backbone, and
         # whether checkpointing recomputes a block whose positions are known.
         self._chosen: Tensor | None = None
-        self._inside = self._recalled = self._warned = False
+        self._inside = self._recalled = self._warned = self._warned_of_first = False
         # The token ids and the attention mask of the current call of a module around the backbone.
         self._received: tuple[Tensor, Any] | None = None
 
@@ -124,7 +126,7 @@ class SubjectTokens(EditCallback):
             )
         (path,) = paths
         self._run, self._positions = run, SubjectPositions(run.tokenizer(), edits)
-        self._chosen, self._warned = None, False
+        self._chosen, self._warned, self._warned_of_first = None, False, False
         self._inside = self._recalled = False
         names = path.split(".")[:-1]
         backbone = run.model.get_submodule(".".join(names))
@@ -157,6 +159,13 @@ class SubjectTokens(EditCallback):
 
     def after_step(self, run: EditRun) -> None:
         positions = self._positions
+        if positions and positions.whole_prompts and not self._warned_of_first:
+            self._warned_of_first = True
+            warn(
+                "a training example begins with a subject of only one token, at which most models store nothing about "
+                "the subject, so it is trained at all tokens of its prompt and may change other answers more; reword "
+                "the prompt so that its subject comes later."
+            )
         if positions and not self._warned and positions.rows >= _EXAMPLES and not positions.found:
             self._warned = True
             warn(

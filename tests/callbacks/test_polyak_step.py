@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import lightning as L
@@ -298,3 +299,26 @@ def test_lightning_lowers_the_scale_until_the_gradients_are_finite(fused):
     trainer.fit(module, loader)
     assert scaler.get_scale() < 2.0**24
     assert all(bool(parameter.isfinite().all()) for parameter in module.model.parameters())
+
+
+def test_a_loss_that_does_not_fall_is_reported_once():
+    """The same prompt with two answers cannot be learned: the mean loss stays above ln 2."""
+    model, words = world.load()
+    prompt = words("The moon is").input_ids
+    ids = torch.tensor([[*prompt, answer] for answer in (50, 60)])
+    labels = ids.clone()
+    labels[:, : len(prompt)] = -100
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with editing(model, callbacks(PolyakStep(0.1)), tokenizer=words) as edit:
+            optimizer = torch.optim.SGD(edit.parameters(), lr=1.0)
+            for _ in range(160):
+                edit.before_step()
+                loss = model(input_ids=ids, labels=labels).loss
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+    assert float(loss.detach()) > 0.69 / 2
+    stalled = [str(one.message) for one in caught if "has not fallen in the last 20 steps" in str(one.message)]
+    assert stalled
+    assert stalled[0].startswith("PolyakStep: the average training loss")

@@ -104,6 +104,33 @@ def test_rows_without_a_prompt_and_packed_rows(loaded, edits):
     assert torch.equal(found, torch.cat(alone, dim=1))
 
 
+def test_a_subject_that_is_only_the_first_token_stands_for_its_whole_prompt(model, loaded):
+    tokenizer = loaded[1]
+
+    def ids(text):
+        # The bundled tokenizer begins with a special token. Many tokenizers of pretrained models do not.
+        return torch.tensor([tokenizer(text, add_special_tokens=False).input_ids])
+
+    edit = Edit("The moon is", "full", subject="The")
+    length = ids(edit.prompt).shape[1]
+    row = ids("The moon is full")
+    positions = SubjectPositions(tokenizer, [edit])
+    found = positions.find(row, torch.ones_like(row, dtype=torch.bool))
+    assert found[0].tolist() == [True] * length + [False] * (row.shape[1] - length)
+    assert positions.whole_prompts == 1
+    # After another token, the subject alone is chosen.
+    later = ids("It rained. The moon is full")
+    assert positions.find(later, torch.ones_like(later, dtype=torch.bool)).sum() == 1
+    assert positions.whole_prompts == 1
+    callbacks = [ParameterScope("0.4-0.8", modules=SCOPE), SubjectTokens()]
+    with editing(model, callbacks, tokenizer=tokenizer, edits=[edit]) as run:
+        optimizer = torch.optim.SGD(run.parameters(), lr=1e-3)
+        with pytest.warns(UserWarning, match="SubjectTokens: a training example begins with a subject of only one"):
+            run.before_step()
+            model(row, labels=row).loss.backward()
+            optimizer.step()
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("cached", [False, True])
 def test_the_gradient_is_the_sum_over_the_tokens_of_the_subject(model, loaded, edits, checkpointing, cached):

@@ -18,6 +18,10 @@ class SubjectPositions:
     A row belongs to an edit if its text contains the prompt of the edit. The prompt may be inside of a chat template or
     after other text, and a packed row can contain several prompts.
 
+    If the subject is only the first token of a row, all tokens of the prompt count as its tokens. In most models, the
+    hidden states at the first position hardly depend on the token (an attention sink), so an edit cannot be learned
+    there.
+
     Args:
         tokenizer: the tokenizer of the rows.
         edits: the edits. Edits whose prompt does not contain their subject are ignored.
@@ -27,13 +31,15 @@ class SubjectPositions:
         found: number of rows so far that contain a prompt with its subject.
         tokens: number of tokens in all rows so far.
         chosen: number of these tokens at chosen positions.
+        whole_prompts: number of rows so far in which the subject is only the first token.
     """
 
     def __init__(self, tokenizer: Any, edits: Sequence[Edit]) -> None:
         self._tokenizer = tokenizer
         self._subjects = {edit.prompt: spans for edit in edits if (spans := subject_spans(edit))}
         self._known: dict[tuple[int, ...], list[int] | None] = {}
-        self.rows = self.found = self.tokens = self.chosen = 0
+        self._whole: set[tuple[int, ...]] = set()
+        self.rows = self.found = self.tokens = self.chosen = self.whole_prompts = 0
 
     def find(self, ids: Tensor, real: Tensor) -> Tensor:
         """Return which positions belong to a subject.
@@ -48,8 +54,10 @@ class SubjectPositions:
         chosen = torch.ones(ids.shape, dtype=torch.bool)
         for row, (own, mask) in enumerate(zip(ids.tolist(), real.tolist(), strict=True)):
             columns = [column for column, is_real in enumerate(mask) if is_real]
-            positions = self._positions(tuple(own[column] for column in columns))
+            tokens = tuple(own[column] for column in columns)
+            positions = self._positions(tokens)
             self.rows += 1
+            self.whole_prompts += tokens in self._whole
             self.tokens += len(columns)
             self.chosen += len(columns if positions is None else positions)
             if positions is not None:
@@ -61,30 +69,41 @@ class SubjectPositions:
     def _positions(self, tokens: tuple[int, ...]) -> list[int] | None:
         """Return the indices of the tokens of all subjects in a row; None if it contains no prompt of an edit."""
         if tokens not in self._known:
-            spans = list(self._spans(self._text(tokens)))
-            self._known[tokens] = self._overlapping(tokens, spans) if spans else None
+            found = list(self._spans(self._text(tokens)))
+            self._known[tokens] = self._overlapping(tokens, found) if found else None
         return self._known[tokens]
 
-    def _spans(self, text: str) -> Iterator[tuple[int, int]]:
-        """Yield where subjects begin and end in a text, in characters."""
+    def _spans(self, text: str) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
+        """Yield where a subject and its prompt begin and end in a text, in characters; once for each subject."""
         for prompt, spans in self._subjects.items():
             at = text.find(prompt)
             while at >= 0:
-                yield from ((at + begin, at + end) for begin, end in spans)
+                yield from (((at + begin, at + end), (at, at + len(prompt))) for begin, end in spans)
                 at = text.find(prompt, at + 1)
 
-    def _overlapping(self, tokens: tuple[int, ...], spans: Sequence[tuple[int, int]]) -> list[int]:
-        """Return the indices of the tokens that contain a character of a span."""
-        last = max(end for _, end in spans)
-        found, begin = [], 0
-        for index in range(len(tokens)):
-            end = len(self._text(tokens[: index + 1]))
-            if any(begin < stop and start < end for start, stop in spans):
-                found.append(index)
-            if end >= last:
-                break
+    def _overlapping(
+        self, tokens: tuple[int, ...], found: Sequence[tuple[tuple[int, int], tuple[int, int]]]
+    ) -> list[int]:
+        """Return the indices of the tokens that contain a character of a subject."""
+        last = max(end for _, (_, end) in found)
+        extents, begin = [], 0
+        while begin < last and len(extents) < len(tokens):
+            end = len(self._text(tokens[: len(extents) + 1]))
+            extents.append((begin, end))
             begin = end
-        return found
+        chosen: set[int] = set()
+        for subject, prompt in found:
+            own = _indices(extents, subject)
+            if own == [0]:
+                self._whole.add(tokens)
+                own = _indices(extents, prompt)
+            chosen.update(own)
+        return sorted(chosen)
 
     def _text(self, tokens: Sequence[int]) -> str:
         return self._tokenizer.decode(list(tokens), clean_up_tokenization_spaces=False)
+
+
+def _indices(extents: Sequence[tuple[int, int]], span: tuple[int, int]) -> list[int]:
+    """Return the indices of the extents that share a character with a span."""
+    return [index for index, (begin, end) in enumerate(extents) if begin < span[1] and span[0] < end]
