@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
-@dataclass(frozen=True, kw_only=True, repr=False)
+    dataclass(frozen=True, kw_only=True, repr=False)
 class Report(ReportData):
     """The result of :func:`~kedit_train.evaluation.evaluate`.
 
@@ -65,7 +65,8 @@ class Report(ReportData):
         """Return the report as Markdown.
 
         Args:
-            answers: maximum number of rows in each of two tables: the edits, and the changed locality answers.
+            answers: maximum number of rows in each of three tables: the edits, the rephrased prompts without the
+                new answer, and the changed locality answers.
         """
         return render_markdown(self, answers)
 
@@ -77,7 +78,8 @@ class Report(ReportData):
         last expression of a cell.
 
         Args:
-            answers: maximum number of rows in each of two tables: the edits, and the changed locality answers.
+            answers: maximum number of rows in each of three tables: the edits, the rephrased prompts without the
+                new answer, and the changed locality answers.
             delta: the :class:`~kedit_train.delta.EditDelta` of the edit, from which the change of the weights is read.
                 None takes the change that the evaluation measured, if it was given the weights before the edit.
         """
@@ -158,7 +160,8 @@ class Report(ReportData):
 
         Args:
             console: where to print. Default: standard output.
-            answers: maximum number of rows in each of two tables: the edits, and the changed locality answers.
+            answers: maximum number of rows in each of three tables: the edits, the rephrased prompts without the
+                new answer, and the changed locality answers.
         """
         # Imported here, because training without printing must not need rich.
         from rich.console import Console

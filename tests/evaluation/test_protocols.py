@@ -183,10 +183,10 @@ def endless(scripted_model: Any) -> Any:
 def test_auto_chooses_by_the_unedited_models_own_answers(scripted_model: Any) -> None:
     ends = evaluate(*scripted_model(WAS), EDITS, progress=False)
     assert str(ends.protocols) == "exact"
-    assert ends.protocols.reason == "the unedited model does not end 0 of 3 sampled answers within 32 tokens"
+    assert ends.protocols.reason == "the unedited model ends 3 of 3 sampled answers within 32 tokens"
     runs_on = evaluate(*endless(scripted_model), [EDIT], progress=False)
     assert runs_on.protocols.names == ("leading", "probability")
-    assert "does not end 1 of 2 sampled answers" in runs_on.protocols.reason
+    assert "ends 1 of 2 sampled answers" in runs_on.protocols.reason
     lines = scripted_model({"Bob lives in": " Oslo"}, endless={"Ann lives in": " Rome\nand", "Say:": " hello "})
     assert evaluate(*lines, [EDIT], progress=False).protocols.names == ("leading", "probability")
     # The edited model is measured with the unedited model's protocol.
@@ -216,7 +216,7 @@ def test_the_report_names_the_protocol(scripted_model: Any, tmp_path: Any) -> No
     before = evaluate(*endless(scripted_model), [EDIT], progress=False)
     report = evaluate(*scripted_model(NOW), [EDIT], unedited=before, progress=False)
     text = report.markdown()
-    assert "protocol: leading (chosen because the unedited model does not end 1 of 2 sampled answers" in text
+    assert "protocol: leading (chosen because the unedited model ends 1 of 2 sampled answers" in text
     assert "| locality: first tokens unchanged |" in text
     assert "answers cut at the limit" not in text
     flat = report.flat()

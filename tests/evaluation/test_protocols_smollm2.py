@@ -211,7 +211,7 @@ def test_magnitudes_and_graded_locality(run: Any) -> None:
 def test_auto_chooses_leading_for_completions_that_do_not_end(run: Any) -> None:
     reports = run[3]
     assert reports["auto"].protocols.names == ("leading", "probability")
-    assert re.match(r"the unedited model does not end \d of 4 sampled", reports["auto"].protocols.reason)
+    assert re.match(r"the unedited model ends \d of 4 sampled", reports["auto"].protocols.reason)
     for question in ("reliability", "generality", "locality"):
         assert reports["auto"].metrics[question]["generated"] == reports["leading"].metrics[question]["generated"]
 

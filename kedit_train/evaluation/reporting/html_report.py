@@ -34,7 +34,8 @@ def render_html(report: ReportData, answers: int, norms: Mapping[str, Mapping[st
 
     Args:
         report: the report.
-        answers: maximum number of rows in each of two tables: the edits, and the changed answers to other prompts.
+        answers: maximum number of rows in each of three tables: the edits, the rephrased prompts without the
+            new answer, and the changed answers to other prompts.
         norms: the norms of the weight change per tensor, as ``EditDelta.norms`` returns them. None: the norms that the
             evaluation measured, if it was given the weights before the edit.
     """
@@ -119,7 +120,7 @@ def _answers(report: ReportData, limit: int) -> Iterator[str]:
     compared = report.unedited is not None
     for title, results in answer_lists(report) if limit > 0 else ():
         yield f"<h2>{escape(title)} ({min(limit, len(results))} of {len(results)})</h2>"
-        with_target = results[0].question == "reliability"
+        with_target = results[0].question != "locality"
         names = ["prompt", *(["before", "after"] if compared else ["answer"]), *(["target"] if with_target else [])]
         head = [Cell(), *(Cell(text=name) for name in names)]
         rows = (list(_answer_cells(result, compared, with_target)) for result in results[:limit])

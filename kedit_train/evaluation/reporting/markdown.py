@@ -23,7 +23,8 @@ def render_markdown(report: ReportData, answers: int) -> str:
 
     Args:
         report: the report.
-        answers: maximum number of rows in each of two tables: the edits, and the changed locality answers.
+        answers: maximum number of rows in each of three tables: the edits, the rephrased prompts without the
+            new answer, and the changed locality answers.
     """
     parts = (_scores(report), _positions(report), _answers(report, answers), _reproduction(report))
     return "\n".join(line for part in parts for line in part)

@@ -226,10 +226,15 @@ def notes(report: ReportData) -> list[str]:
 
 
 def answer_lists(report: ReportData) -> list[tuple[str, list[ProbeResult]]]:
-    """Return the two lists of answers that a report shows, each with its title. Empty lists are left out."""
+    """Return the three lists of answers that a report shows, each with its title. Empty lists are left out."""
     edits = [result for result in report.answers if result.question == "reliability"]
+    missed = [result for result in report.answers if result.question == "generality" and result.right is False]
     changed = [result for result in report.answers if result.question == "locality" and result.unchanged is False]
-    lists = [("Edits", edits), ("Changed answers to other prompts", changed)]
+    lists = [
+        ("Edits", edits),
+        ("Rephrased prompts without the new answer", missed),
+        ("Changed answers to other prompts", changed),
+    ]
     return [(title, results) for title, results in lists if results]
 
 
@@ -257,11 +262,11 @@ def format_number(value: float | None) -> str:
 
 
 def format_interval(score: Score) -> str:
-    """Format the interval of a score as ``0.71–0.93``, or as a dash if there is none."""
+    """Format the interval of a score as ``0.71–0.93`` or ``-0.30 to -0.05``, or as a dash if there is none."""
     if score.low is None or score.high is None:
         return "–"
     largest = max(abs(score.low), abs(score.high))
     # Small bounds are shown with two significant digits. Otherwise, both bounds could be rounded to the same number.
     form = ".2f" if largest == 0 or 0.1 <= largest < 100 else ".2g" if largest < 0.1 else ".0f"
     low, high = (f"{x:{form}}" for x in (score.low, score.high))
-    return f"{low}–{high}"
+    return f"{low} to {high}" if score.low < 0 else f"{low}–{high}"

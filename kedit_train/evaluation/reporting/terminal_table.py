@@ -28,7 +28,8 @@ def render_report(report: ReportData, answers: int) -> Group:
 
     Args:
         report: the report.
-        answers: maximum number of rows in each of two tables: the edits, and the changed locality answers.
+        answers: maximum number of rows in each of three tables: the edits, the rephrased prompts without the
+            new answer, and the changed locality answers.
     """
     parts: list[Any] = [_scores_table(report), Text(), Text(table_note(report), style="dim")]
     positions = report.metrics.get("positions", {})
@@ -39,7 +40,7 @@ def render_report(report: ReportData, answers: int) -> Group:
     compared = report.unedited is not None
     for title, results in answer_lists(report) if answers > 0 else ():
         heading = f"{title} ({min(answers, len(results))} of {len(results)})"
-        with_target = results[0].question == "reliability"
+        with_target = results[0].question != "locality"
         parts += [Text(), _answers_table(heading, results[:answers], compared, with_target)]
         if len(results) > answers:
             where = "in Report.answers, and in the file that Report.save or report_path writes"

@@ -51,7 +51,7 @@ def choose_protocols(
 
     ended = split_across_processes(ask, prompts, options.distributed)
     cut = len(ended) - sum(ended)
-    reason = f"the unedited model does not end {cut} of {len(ended)} sampled answers within {tokens} tokens"
+    reason = f"the unedited model ends {sum(ended)} of {len(ended)} sampled answers within {tokens} tokens"
     return Protocols(("leading", "probability") if cut >= CUT_SHARE * len(ended) else EXACT.names, reason)
 
 
