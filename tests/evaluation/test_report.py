@@ -147,6 +147,17 @@ def test_markdown_shows_the_same_scores_and_escapes_cells(scripted_model: Any, t
     assert text.rstrip("\n") == found.markdown()
 
 
+def test_rephrased_prompts_without_the_new_answer_are_listed(report: Report, scripted_model: Any) -> None:
+    out = io.StringIO()
+    report.print(Console(file=out, width=120))
+    title = "Rephrased prompts without the new answer"
+    for text in (out.getvalue(), report.markdown(), report.html()):
+        assert f"{title} (1 of 1)" in text
+    assert "| Ann's town: | Rome | Rome | Köln | no |" in report.markdown()
+    learned = evaluate(*scripted_model(OLD | {"Ann's town:": " Köln"}), [EDIT], progress=False)
+    assert title not in learned.markdown()
+
+
 def test_the_terminal_table_says_where_further_answers_are(scripted_model: Any) -> None:
     found = evaluate(*scripted_model(OLD), [replace(EDIT, id=str(i)) for i in range(14)], progress=False)
     for options, shown in (({}, 12), ({"answers": 14}, 14)):
@@ -198,7 +209,7 @@ def test_the_table_starts_on_a_new_line_while_a_progress_bar_is_shown(
         (0.0021, 0.0034, "0.0021–0.0034"),
         (0.0072, 0.0113, "0.0072–0.011"),
         (0.0, 3e-6, "0–3e-06"),
-        (-0.05, 0.02, "-0.05–0.02"),
+        (-0.05, 0.02, "-0.05 to 0.02"),
         (215.4, 393.2, "215–393"),
         (None, None, "–"),
     ],
