@@ -138,7 +138,7 @@ class Host:
         """End training after this step."""
 
     def show_progress(self, line: str) -> None:
-        """Print a line about the progress of a long run, if the loop shows no progress bar."""
+        """Print a line about the progress of a long run, if no progress bar shows it."""
 
     def log(self, metrics: Mapping[str, float], *, last: bool = False) -> None:
         """Log metrics at the current step.

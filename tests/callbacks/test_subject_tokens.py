@@ -125,9 +125,9 @@ def test_a_subject_that_is_only_the_first_token_stands_for_its_whole_prompt(mode
     callbacks = [ParameterScope("0.4-0.8", modules=SCOPE), SubjectTokens()]
     with editing(model, callbacks, tokenizer=tokenizer, edits=[edit]) as run:
         optimizer = torch.optim.SGD(run.parameters(), lr=1e-3)
+        run.before_step()
+        model(row, labels=row).loss.backward()
         with pytest.warns(UserWarning, match="SubjectTokens: a training example begins with a subject of only one"):
-            run.before_step()
-            model(row, labels=row).loss.backward()
             optimizer.step()
 
 

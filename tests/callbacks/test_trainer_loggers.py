@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 from conformance.hosts import sft_trainer, transformers_trainer
+from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations.integration_utils import TensorBoardCallback, TrackioCallback
 
 from kedit_train import world
 from kedit_train.callbacks import BatchAnchor, EditMetrics, ForgettingBudget, ParameterScope
+from kedit_train.callbacks.hosts.transformers_host import TransformersHost
 from kedit_train.data import EditDataset
 from kedit_train.evaluation.options import EvaluationOptions
 
@@ -184,3 +186,11 @@ def test_the_table_in_a_notebook_shows_the_scores(edits: EditDataset, ipython: l
     final = next(row for row in reversed(trainer.state.log_history) if SCORE in row)
     assert rows[4][2] == round(final[SCORE], 3)
     assert "Reliability</th>" in ipython[-1]
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_a_trainer_with_a_progress_bar_says_what_it_reads_before_the_first_step(quiet, tmp_path, capsys):
+    args = TrainingArguments(str(tmp_path), disable_tqdm=quiet, report_to=[], use_cpu=True)
+    host = TransformersHost(args, TrainerState(), TrainerControl(), None)
+    host.show_progress("reading 3 texts")
+    assert ("reading 3 texts" in capsys.readouterr().err) is not quiet

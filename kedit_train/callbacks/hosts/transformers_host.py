@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from tqdm import tqdm
 
 from kedit_train.callbacks.hosts.stacked_experts import load_stacked_experts
 from kedit_train.callbacks.hosts.trainer_loggers import TrainerLoggers
@@ -251,6 +254,11 @@ class TransformersHost(Host):
                 'use SFTTrainer with loss_type="nll", or remove this callback'
             )
         return None
+
+    def show_progress(self, line: str) -> None:
+        # The trainer's bar stands still while texts are read before the first step.
+        if self.is_main and not self.args.disable_tqdm:
+            tqdm.write(line, file=sys.stderr)
 
     def log(self, metrics: Mapping[str, float], *, last: bool = False) -> None:
         self.pending_metrics.update(metrics)
