@@ -97,7 +97,7 @@ class SubjectTokens(EditCallback):
         # whether checkpointing recomputes a block whose positions are known.
         self._chosen: Tensor | None = None
         self._inside = self._recalled = self._warned = False
-        # The token ids and the attention mask in the current call of a module that contains the backbone.
+        # The token ids and the attention mask of the current call of a module around the backbone.
         self._received: tuple[Tensor, Any] | None = None
 
     def prepare(self, run: EditRun) -> None:
