@@ -1,4 +1,5 @@
-# Every target but bench-gpu, test-oldest and test-newest creates .venv and installs what it needs. A newcomer needs `make demo` and `make test`.
+# Every target except bench-gpu, test-oldest and test-newest creates .venv and installs what it needs. A newcomer needs
+# `make demo` and `make test`.
 # Options for every benchmark: make bench BENCH="--quick --clock cpu"
 PYTHON ?= python3
 VENV := .venv
@@ -22,7 +23,8 @@ test: style  ## what continuous integration runs; under 10 minutes on 2 cores
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
 
 # PyPI has only CUDA builds of most torch versions, so each environment takes about 6 GB.
-# Another Python, or an environment that exists: make test-oldest VERSIONS="--python python3.11 --no-install"
+# To use another Python: make test-oldest VERSIONS="--python python3.11"
+# To use an environment that exists: make test-oldest VERSIONS="--no-install"
 test-oldest:  ## the tests with the oldest supported versions, in .venv-oldest; writes the result into docs/versions.md
 	$(PYTHON) .ci/versions.py oldest $(VERSIONS)
 

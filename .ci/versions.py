@@ -1,12 +1,12 @@
 """Run the tests with the oldest or the newest versions of all dependencies, and record the result in docs/versions.md.
 
-The versions are installed into an environment of their own. "oldest" installs those of constraints-lowest.txt, and
-"newest" the newest ones that fit together. A warning is not an error here, because new and old versions warn about
-names that the other versions do not have. The Python versions are the first and the last one that kedit-train supports.
+The script creates a new environment for the versions. "oldest" installs the versions of constraints-lowest.txt with the
+oldest Python that kedit-train supports. "newest" installs the newest versions that fit together with the newest Python
+that is tested. Here, a warning is not an error: a name that one version needs can be deprecated in another version.
 
 Usage: make test-oldest or make test-newest, or
 python .ci/versions.py oldest|newest [--python COMMAND] [--folder FOLDER] [--no-install] [-- PYTEST ARGUMENTS]
-With PYTEST ARGUMENTS, only these tests run, and nothing is recorded.
+If PYTEST ARGUMENTS are given, they replace the default arguments of pytest, and the result is not recorded.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "versions.md"
 PYTHON = {"oldest": "python3.10", "newest": "python3.13"}
-# As in make test.
+# The same arguments as in `make test`.
 ALL = ["-n", "2", "--dist", "loadfile", "--no-loadscope-reorder", "-m", "not slow"]
-# What a user of the package chooses, in the order of the table.
+# The packages in the table of docs/versions.md. Users choose the versions of these packages themselves.
 LISTED = (
     *("torch", "transformers", "trl", "lightning", "accelerate", "peft", "datasets", "safetensors", "tokenizers"),
     *("jsonargparse", "torchmetrics", "wandb", "matplotlib", "gguf", "numpy"),
@@ -70,7 +70,7 @@ def counts(report: Path) -> dict[str, int]:
 
 
 def record(which: str, found: dict[str, int], versions: dict[str, str]) -> None:
-    """Replace the section of this set in docs/versions.md."""
+    """Write the result and the versions into the section of docs/versions.md for "oldest" or "newest"."""
     result = ", ".join(f"{number} {word}" for word, number in found.items())
     names = [("Python", versions["python"]), *((name, versions[name]) for name in LISTED if name in versions)]
     section = f"{date.today()}: {result}.\n\n| package | version |\n|---|---|\n"
@@ -86,7 +86,7 @@ def main() -> int:
     parser.add_argument("which", choices=list(PYTHON))
     parser.add_argument("--python", help="the Python to use; by default python3.10 for oldest, python3.13 for newest")
     parser.add_argument("--folder", type=Path, help="the folder of the environment; by default .venv-WHICH")
-    parser.add_argument("--no-install", action="store_true", help="use the environment as it is")
+    parser.add_argument("--no-install", action="store_true", help="use an environment that exists, and install nothing")
     parser.add_argument("tests", nargs="*", metavar="PYTEST ARGUMENTS", help="for example -- -x tests/core")
     args = parser.parse_args()
     folder = args.folder or ROOT / f".venv-{args.which}"

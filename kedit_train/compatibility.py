@@ -1,4 +1,4 @@
-"""Everything that differs between the supported versions of Python, transformers and TRL, in one place."""
+"""Functions for what differs between the supported versions of Python, transformers, TRL and PEFT."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ def sha256_of_file(path: Path) -> str:
 def sft_reads_logits(args: Any) -> bool:
     """Return whether the trainer with these arguments is an ``SFTTrainer`` that reads the logits of training steps.
 
-    Before TRL had a fused head, its trainer computed the entropy and the token accuracy of each step from the logits.
+    Older versions of TRL have no fused head. Their trainer computes the entropy and the token accuracy of each step
+    from the logits.
 
     Args:
         args: the training arguments of a ``transformers.Trainer``.
@@ -38,9 +39,10 @@ def sft_reads_logits(args: Any) -> bool:
 
 
 def checkpoint_without_reentry(args: Any) -> None:
-    """Choose the kind of activation checkpointing that transformers 5 uses by default, unless the user chose one.
+    """Choose non-reentrant activation checkpointing, the default of transformers 5, unless the user chose a kind.
 
-    The default of transformers 4 computes no gradients if the first layers are frozen, as ``ParameterScope`` does.
+    The default of transformers 4 is reentrant checkpointing. It computes no gradients if the first layers are frozen,
+    and ``ParameterScope`` usually freezes them.
 
     Args:
         args: the training arguments of a ``transformers.Trainer``.
@@ -50,12 +52,12 @@ def checkpoint_without_reentry(args: Any) -> None:
 
 
 def rescaled_dare(dare: Callable[..., Any]) -> Callable[..., Any]:
-    """Return PEFT's function ``dare_linear`` so that it divides the entries that it keeps by the density.
+    """Return a version of PEFT's ``dare_linear`` that divides the entries that it keeps by the density.
 
-    Before 0.19, PEFT computes this quotient and does not use it.
+    PEFT before 0.19 computes this quotient, but returns the entries without the division.
 
     Args:
-        dare: a function of the tensors, the weights and the density.
+        dare: ``dare_linear`` of PEFT, a function of the tensors, the weights and the density.
     """
     if tuple(int(part) for part in version("peft").split(".")[:2]) >= (0, 19):
         return dare

@@ -85,7 +85,7 @@ def load_model(name: str, *, dtype: str = "float32", trust_remote_code: bool = F
 
 
 def _auto_class(name: str, trust_remote_code: bool) -> Any:
-    """Return the class that loads a checkpoint: for vision-language models, ``AutoModelForImageTextToText``."""
+    """Return ``AutoModelForImageTextToText`` for vision-language models, and else ``AutoModelForCausalLM``."""
     import transformers
 
     config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)

@@ -38,7 +38,10 @@ def temporary(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(autouse=True, scope="session")
 def tokenizers_of_newer_versions() -> None:
-    """Let transformers 4 load the models in ``shared``, which transformers 5 has saved with its name of a class."""
+    """Let transformers 4 load the models in ``shared``.
+
+    transformers 5 has saved these models, with a name of the tokenizer class that transformers 4 does not have.
+    """
     import transformers
 
     if not hasattr(transformers, "TokenizersBackend"):

@@ -1,4 +1,4 @@
-"""What differs between the supported versions of Python, transformers and TRL."""
+"""The functions for what differs between the supported versions of Python, transformers, TRL and PEFT."""
 
 from __future__ import annotations
 

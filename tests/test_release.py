@@ -93,7 +93,7 @@ def test_a_workflow_only_calls_the_makefile(path: Path) -> None:
 
 
 def test_the_tested_python_versions_are_those_of_the_package() -> None:
-    # Some versions in constraints.txt, with which the workflow runs, need a newer Python than make test-oldest.
+    # The workflow installs the versions of constraints.txt. Some of these need a newer Python than kedit-train needs.
     tested = read(ROOT / ".github" / "workflows" / "test.yml")["jobs"]["test"]["strategy"]["matrix"]["python"]
     ends = runpy.run_path(str(ROOT / ".ci" / "versions.py"))["PYTHON"]
     assert project_file()["project"]["requires-python"] == f">={ends['oldest'].removeprefix('python')}"

@@ -162,9 +162,10 @@ class ForgetFirst(EditCallback):
         if not run.reference:
             raise EditError("the run needs a scope (the parameters that may change); add ParameterScope.")
         if run.zero is not None or any(isinstance(p, DTensor) for p in run.scope.values()):
+            found = "sharded weights (DTensor)" if run.zero is None else "DeepSpeed ZeRO"
             raise EditError(
-                "ForgetFirst does not support sharded weights or DeepSpeed; run ForgetFirst in a single process "
-                "(recipes/unlearn.yaml), then train the saved model."
+                f"the weights must not be sharded or trained with DeepSpeed, got {found}; run ForgetFirst in a single "
+                "process (recipes/unlearn.yaml), then train the saved model."
             )
         with torch.no_grad(), evaluation_mode(run.model), run.host.forward_context():
             summary = self._forget(run)

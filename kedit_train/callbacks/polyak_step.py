@@ -167,7 +167,7 @@ class PolyakStep(EditCallback):
             raise EditError(f"the loss of step {run.step} is {loss_now}; check the loss of this batch.")
         averages = self._averages
         for values in (averages.means, averages.squares):
-            # A checkpoint contains complete averages.
+            # Averages from a checkpoint are complete, so each process takes its own shard.
             values.update({name: shard_like(values[name], g) for name, g in gradients.items() if name in values})
         loss, means, adam = averages.update(gradients, loss_now, mean=mean)
         self._warn_if_stalled(loss)

@@ -66,7 +66,7 @@ class SaveDelta(EditCallback):
             edits of ``EditMetrics`` or of the training loop, if any.
         license: license of the base model, to write into the file. None takes the license from the model card in the
             folder of the model.
-        upload: whether to upload the file as an artifact of the W&B run that the training loop logs to, if any.
+        upload: if the training loop logs to a W&B run: whether to upload the file as an artifact of this run.
 
     Attributes:
         delta: the saved :class:`~kedit_train.delta.EditDelta`. None before the end of training.
@@ -270,7 +270,7 @@ class SaveDelta(EditCallback):
         """
         differing = []
         with temporary_values(run.scope, before):
-            # One tensor at a time, so that a sharded model is never complete in the memory of a process.
+            # The tensors are compared one at a time, so that no process needs memory for the whole model.
             for name in after:
                 tensor = {name: weights[name].clone()}
                 if name in delta.changes:
@@ -315,7 +315,7 @@ class SaveDelta(EditCallback):
 
 
 def _trained(run: EditRun, weights: Weights, names: Sequence[str]) -> Mapping[str, Tensor]:
-    """Return a copy of the trained value of each tensor. The copies of sharded tensors are gathered on access."""
+    """Return copies of the trained tensors. If tensors are sharded, each copy is gathered only when it is read."""
     if not any(isinstance(parameter, DTensor) for parameter in run.scope.values()):
         return {name: weights[name].clone() for name in names}
     copies = {id(parameter): parameter.detach().clone() for parameter in run.scope.values()}

@@ -63,8 +63,7 @@ class SubjectTokens(EditCallback):
 
     Raises:
         EditError: the edits of the run are unknown; the scope contains parameters other than weights of ``nn.Linear``,
-            ``Conv1D`` or LoRA factors in the decoder blocks; or the model receives embeddings instead of token
-            ids.
+            ``Conv1D`` or LoRA factors in the decoder blocks; or the model receives embeddings instead of token ids.
 
     References:
         "Locating and Editing Factual Associations in GPT", arXiv 2202.05262.
@@ -145,7 +144,7 @@ class SubjectTokens(EditCallback):
                 add(child.register_forward_pre_hook(weak_hook(self._recall), with_kwargs=True))
         for layer in layers.values():
             for module in layer.modules:
-                # prepend: a hook of FSDP2 on the module itself frees the gathered weight.
+                # FSDP2 may have a hook on this module that frees the gathered weight, so this hook must run first.
                 add(module.register_forward_hook(self._limit(layer), prepend=True))
 
     def metrics(self, run: EditRun) -> dict[str, float]:

@@ -104,8 +104,8 @@ class EditParser(LightningArgumentParser):
 class EditCLI(LightningCLI):
     """The ``fit`` command, with ``EditModule`` and ``EditDataModule`` as defaults.
 
-    The resolved configuration is saved as ``resolved.yaml`` in the folder of the run. The loggers of the run, such as
-    W&B, receive it as hyperparameters under the key ``recipe``.
+    The resolved configuration is saved as ``resolved.yaml`` in the folder of the run. It is also sent to the loggers of
+    the run, such as W&B, as hyperparameters under the key ``recipe``.
 
     Args:
         parser_kwargs: arguments of the parsers.

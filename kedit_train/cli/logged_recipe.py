@@ -1,4 +1,4 @@
-"""Log the configuration of a run of ``fit`` to the loggers of the run, for example as the configuration in W&B."""
+"""Send the configuration of a run of ``fit`` to the loggers of the run, such as W&B."""
 
 from __future__ import annotations
 

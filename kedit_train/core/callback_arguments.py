@@ -11,7 +11,7 @@ from typing import Any
 from kedit_train.data import EditDataset
 from kedit_train.edit import Edit
 
-# A longer collection, such as a list of texts, is only counted.
+# A collection with more items, such as a list of texts, is replaced by its length.
 _LONGEST = 20
 _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
@@ -19,8 +19,9 @@ _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 def callback_arguments(callbacks: Iterable[Any]) -> dict[str, dict[str, Any]]:
     """Return the constructor arguments of each callback as plain values.
 
-    A number, a text, None and a short collection of them stay as they are. A file is its path. Edits are their name,
-    their hash and their number. A longer collection is described by its length, and any other object by its class.
+    Numbers, texts and None are returned unchanged, and so are short collections of them. Edits are replaced by their
+    name, their hash and their number. A path is replaced by a text, a dataclass by a dict of its fields, a long
+    collection by a text with its length, and any other object by the name of its class.
 
     Args:
         callbacks: instances of callbacks. The arguments are read from the attributes of the same names.

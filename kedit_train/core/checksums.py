@@ -16,7 +16,8 @@ from kedit_train.core.drift.shards import local_part, reduce_over_shards
 # usually even. The number here is odd, so that a regular change of a matrix (two swapped columns, a flipped sign) is
 # spread over several columns.
 _WIDTH = 251
-# Number of words in the summaries that are combined at once. Combining them needs about ten times their memory.
+# The summaries of a group of tensors are combined at once, which needs about ten times the memory of the summaries. A
+# group ends when its summaries have more words than this number.
 _WORDS_AT_ONCE = 2**20
 
 
@@ -37,7 +38,7 @@ def checksum(tensor: Tensor) -> Tensor:
 
 @torch.no_grad()
 def checksums(tensors: Iterable[Tensor]) -> list[int]:
-    """Return the :func:`checksum` of each tensor. The devices are synchronized once for about 2 GB of tensors."""
+    """Return the :func:`checksum` of each tensor. The devices are synchronized about once per 2 GB of tensors."""
     sums: list[int] = []
     group: list[list[Tensor]] = []
     words = 0
@@ -120,7 +121,7 @@ def _combine(summaries: list[list[Tensor]]) -> Tensor:
 def first_not_finite(tensors: Iterable[Tensor]) -> int | None:
     """Return the position of the first tensor that contains NaN or infinity, or None.
 
-    If a tensor is sharded, every process must call this function, and all of them get the same result.
+    If a tensor is sharded, every process must call this function. The result is the same in every process.
     """
     given = list(tensors)
     if not given:

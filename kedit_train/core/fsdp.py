@@ -11,7 +11,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from kedit_train.errors import EditError
 
-# torch 2.6 always sends the shards from the first process.
+# Every process has the whole tensor, so no process needs to send shards. torch 2.6 has no argument for this choice, and
+# always sends the shards from the first process.
 WITHOUT_BROADCAST = {"src_data_rank": None} if "src_data_rank" in signature(distribute_tensor).parameters else {}
 
 
@@ -47,10 +48,10 @@ def reshard(root: nn.Module) -> None:
 
 
 def gathered_parameters(root: nn.Module, scope: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-    """Return the complete parameters that the forward pass of a model uses.
+    """Return the parameter objects with the complete weights that the forward pass of a model uses.
 
-    FSDP2 uses the same parameter objects in every forward pass. Their memory is freed in between, so they serve only
-    as inputs of ``torch.autograd.grad``.
+    FSDP2 uses the same objects in every forward pass, and frees their memory between the passes. So do not read their
+    values. Use them only as inputs of ``torch.autograd.grad``.
 
     Args:
         root: the module that the training loop trains. Its forward pass must have run before.

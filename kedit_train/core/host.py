@@ -72,7 +72,7 @@ class Host:
 
     @property
     def reads_logits(self) -> bool:
-        """Whether the loop reads the logits of training steps, in addition to the loss that the model returns."""
+        """Whether the loop reads the logits of training steps. All loops read the loss that the model returns."""
         return False
 
     def is_editing(self, run: Any) -> bool:

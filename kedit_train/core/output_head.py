@@ -110,8 +110,9 @@ class OutputHead:
         enabled = torch.is_autocast_enabled(device)
         self.autocast = {"device_type": device, "dtype": torch.get_autocast_dtype(device), "enabled": enabled}
         self.captured = hidden
-        # The head gets only one position of one row. One position of each row would be slower to multiply. The slice
-        # hidden[:1, -1:] would have other strides: on a CPU, torch then copies a frozen bf16 weight for the product.
+        # The head gets only one position of one row, because one position of each row would be slower to multiply. The
+        # slice hidden[:1, -1:] is not used, because it has other strides. On a CPU, torch would then copy a frozen bf16
+        # weight for the product.
         return (hidden[0, -1:].unsqueeze(0), *args[1:])
 
     def hidden(self, **inputs: Any) -> Tensor:

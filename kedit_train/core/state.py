@@ -35,7 +35,7 @@ class RunState:
         full_precision: whether a half-precision scope is trained in fp32.
         masters: the object that keeps the scoped parameters in fp32, or None if they are not trained in fp32.
         packing: the object that keeps the gradient of 4-bit layers on a CPU.
-        zero: the object that takes part in the steps of DeepSpeed ZeRO-1 or ZeRO-2, or None.
+        zero: the object that reports the steps of DeepSpeed ZeRO-1 or ZeRO-2 to this run. None without DeepSpeed.
         penalties: the penalties of this run on divergences from the model before the edit.
         scores: the latest published value of each metric, by metric key. Callbacks publish and read these values.
         published_at: the optimizer step at which each metric was last published, by metric key.

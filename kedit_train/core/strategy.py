@@ -19,8 +19,8 @@ def follow_strategy(run: RunState) -> None:
     This is needed for FSDP2, which replaces each parameter by a DTensor with the same name and shape.
 
     Raises:
-        EditError: the strategy flattened, sliced or renamed a parameter (FSDP1, DeepSpeed), constraints cannot be
-            enforced in this training loop for another reason, or the launcher started too few processes.
+        EditError: the strategy flattened, sliced or renamed a parameter (FSDP1, DeepSpeed ZeRO-3), constraints cannot
+            be enforced in this training loop for another reason, or the launcher started too few processes.
     """
     check_launcher()
     reshard(run.root)

@@ -1,9 +1,10 @@
 """Take part in the optimizer steps of DeepSpeed ZeRO-1 and ZeRO-2, where every process has the whole weights.
 
-ZeRO divides the optimizer among the processes. Each process updates a flat fp32 copy of its part of the weights, and
-all processes then gather the new weights. The optimizer hooks of torch see only these copies. Therefore a run replaces
-the method ``step`` of the ZeRO optimizer: it reports the step with the whole weights and gradients, applies the
-constraints to the gathered weights, and writes the result back into the fp32 copies.
+ZeRO divides the optimizer among the processes. Each process updates a flat fp32 copy of its part of the weights. Then
+all processes gather the new weights. The optimizer hooks of torch see only the flat copies. Therefore a run replaces
+the method ``step`` of the ZeRO optimizer. The new method calls the hooks of the run with the whole weights and
+gradients. The hooks apply the constraints to the gathered weights. Then the method writes the result back into the fp32
+copies.
 """
 
 from __future__ import annotations
@@ -100,13 +101,14 @@ class ZeroSteps:
         run, scope = self._run, self._run.scope
         if self._penalties:
             raise EditError(
-                f"the loss has no gradient for {next(iter(self._penalties))}, so the gradient of a penalty is lost; "
-                "train this parameter with the loss, or remove it from the scope."
+                "with DeepSpeed, the loss must have a gradient for every parameter that a penalty changes, got none "
+                f"for {next(iter(self._penalties))}; remove this parameter from the scope."
             )
         kept = {name: parameter.grad for name, parameter in scope.items()}
         for parameter in scope.values():
             parameter.grad = parameter.get_full_hp_grad().to(parameter.dtype)
-            # The copy of this process, in case that other code has written into the weights since the last step.
+            # Other code may have written into the weights since the last step. DeepSpeed would overwrite them with its
+            # fp32 copy, so the copy is updated.
             parameter.set_full_hp_param(parameter.detach())
         run.steps.pre_hook(self._groups, (), {})
         gradients = {name: parameter.grad for name, parameter in scope.items()}
@@ -115,7 +117,7 @@ class ZeroSteps:
         if any(gradient is not None for gradient in gradients.values()):
             self._step(*args, **kwargs)
         else:
-            # A callback has skipped this step.
+            # A callback has skipped this step by removing all gradients, so those of DeepSpeed are removed, too.
             self._zero.zero_grad(set_to_none=True)
             for found in (self._zero.averaged_gradients, self._zero.all_grad_tensors):
                 found.update(dict.fromkeys(found))
@@ -128,7 +130,11 @@ class ZeroSteps:
 
 
 def _moves_to_end(parameter: Any, keys: list[int]) -> Any:
-    """Return a hook after which the hooks with these keys run last: DeepSpeed must read the projected gradients."""
+    """Return a hook that moves the hooks with these keys to the end.
+
+    These are the hooks of DeepSpeed. They must run last, so that DeepSpeed reads the gradients after all callbacks have
+    changed them.
+    """
 
     def move(_: Tensor) -> None:
         hooks = parameter._post_accumulate_grad_hooks

@@ -92,8 +92,11 @@ def _other_names(name: str, change: Change, places: Mapping[str, tuple[Path, Spa
     """Return the name under which the checkpoint stores a tensor, if it differs from the name in the model.
 
     The checkpoints of some vision-language models store ``model.language_model.layers.0.mlp.down_proj.weight`` as
-    ``model.layers.0.mlp.down_proj.weight``. The two names have the same end, from the list of layers on. The contents
-    of the tensor are compared later, as for all tensors.
+    ``model.layers.0.mlp.down_proj.weight``. Both names end with ``layers.0.mlp.down_proj.weight``. So a name is found
+    by this end and by the shape of the tensor. The contents of the tensor are compared later, as for all tensors.
+
+    Returns:
+        A list with the name, or an empty list if no tensor or several tensors match.
     """
     parts = name.split(".")
     numbers = [i for i, part in enumerate(parts) if part.isdigit()]

@@ -220,8 +220,9 @@ def change_between(
     if not bool(moved.any()):
         return None
     indices: dict[Layout, Tensor | None] = {"dense": None}
-    # An index of most entries would need several times the memory of the tensor. It is made only if "entries" can be
-    # smaller than "dense": each changed entry needs two values and at least four bytes for its number.
+    # If most entries have changed, an index of these entries would need several times the memory of the tensor. So the
+    # index is made only if the layout "entries" can be smaller than "dense". In "entries", each changed entry needs two
+    # values, and at least four bytes for its number.
     each = 2 * base.element_size()
     if base.ndim and (known is not None or int(moved.sum()) * (each + 4) < base.numel() * each):
         indices["entries"] = _numbers(moved.reshape(-1))

@@ -47,8 +47,8 @@ class AdamAverages:
         Args:
             gradients: gradient by name.
             loss: the loss whose gradients are given.
-            mean: function that returns the mean of all entries of a tensor. Tensors that are sharded over processes
-                need a function that adds up the shards.
+            mean: function that returns the mean of all entries of a tensor. For sharded tensors, pass a function that
+                takes the mean over all shards.
 
         Returns:
             The average loss and the average gradients, with bias correction, and the directions of Adam. A direction is

@@ -43,7 +43,7 @@ LABELS = {
     "scope": "scope, with all checks before the first step",
     "step of Adam": "step of Adam",
     "statistics": "statistics of `NullSpace`",
-    "step with NullSpace": "step with `NullSpace`, beside the scope",
+    "step with NullSpace": "step with `NullSpace`, without the scope",
     "delta file": "delta file",
 }
 
@@ -181,7 +181,7 @@ def run(folder: Path, layers: str, texts: int, parts: list[str]) -> None:
             [*command, "--parts", part], check=False, stdout=subprocess.PIPE, text=True, env=os.environ
         )
         if ended.returncode:
-            raise SystemExit(f"{part} ended with {ended.returncode}")
+            raise SystemExit(f"rehearsal: part {part} ended with status {ended.returncode}; see the error above.")
         row = json.loads(ended.stdout.splitlines()[-1])
         print(row, flush=True)
         add_measurement(RESULTS, row)

@@ -1,7 +1,7 @@
-"""Memory that an edit needs beside the weights of the model, in bytes, by formula.
+"""Formulas for the memory in bytes that an edit needs in addition to the weights of the model.
 
-The model is bf16, and ``ParameterScope`` trains the edited matrices in fp32. Activations are not counted: they depend
-on the batch, and are the same with and without an edit.
+The model is stored in bf16, and ``ParameterScope`` trains the edited matrices in fp32. Activations are not counted,
+because they depend on the batch, and are the same with and without an edit.
 """
 
 from __future__ import annotations

@@ -33,7 +33,8 @@ def train(name: str, strategy: str, edits: Any, rank: int, size: int) -> dict[st
     case = callbacks(name, edits)
     if strategy == "zero":
         return zero.train(case, 2 if size > 1 else 0, rank, size, edits=edits)
-    # In fp64, steps of Adam do not enlarge rounding errors. DeepSpeed has fp32 copies of the weights.
+    # Steps of Adam enlarge the rounding errors of fp32, so fp64 is used. This is not possible with DeepSpeed, which
+    # keeps fp32 copies of the weights.
     loss = lambda model, batch: model(**batch).loss  # noqa: E731
     return shards.train(case, "layers", rank, size, edits=edits, loss=loss, dtype=torch.float64)
 

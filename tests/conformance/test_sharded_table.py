@@ -19,8 +19,8 @@ REFUSED = {
     # This setting measures the divergence with BatchAnchor.
     ("ForgettingBudget", "fsdp2"): "FSDP2 is not supported, because BatchAnchor",
     ("PrefixCache", "fsdp2"): "PrefixCache does not support FSDP2",
-    ("ForgetFirst", "fsdp2"): "ForgetFirst does not support sharded weights or DeepSpeed",
-    ("ForgetFirst", "zero"): "ForgetFirst does not support sharded weights or DeepSpeed",
+    ("ForgetFirst", "fsdp2"): "must not be sharded or trained with DeepSpeed, got sharded weights (DTensor); run",
+    ("ForgetFirst", "zero"): "must not be sharded or trained with DeepSpeed, got DeepSpeed ZeRO; run",
 }
 
 

@@ -1,6 +1,7 @@
 """DeepSpeed ZeRO-1 and ZeRO-2 on two gloo processes: constraints are exact, and the weights are those of one process.
 
-DeepSpeed is no dependency of the tests. On a CPU, it compiles an extension the first time, which takes minutes.
+The tests are skipped if DeepSpeed is not installed. On a CPU, DeepSpeed compiles an extension in its first run, which
+takes minutes.
 """
 
 from __future__ import annotations

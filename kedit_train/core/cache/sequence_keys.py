@@ -66,7 +66,8 @@ def real_tokens(attention_mask: Any, like: Tensor) -> Tensor:
 def is_per_example(name: str, value: Tensor, examples: int) -> bool:
     """Return whether a tensor argument of a forward call has one entry per example of the batch.
 
-    Position ids of vision-language models, [3, batch, length], have one entry per direction.
+    The position ids of some vision-language models have the shape [3, batch, length]. Their first dimension is not the
+    batch, even if the batch has three examples.
 
     Args:
         name: the name of the argument.

@@ -91,11 +91,13 @@ def _mean_over_tokens(
     """Sum ``transform(gradient)`` over the examples, and divide the sum by the number of scored tokens."""
     head = run.head()
     # Every process reads all examples, so its gradients are complete without a reduction over the processes.
-    parameters = list(gathered_parameters(run.root, run.scope).values())
-    if any(isinstance(p, DTensor) for p in parameters):
+    gathered = gathered_parameters(run.root, run.scope)
+    parameters = list(gathered.values())
+    sharded = next((name for name, parameter in gathered.items() if isinstance(parameter, DTensor)), None)
+    if sharded is not None:
         raise EditError(
-            "gradients per example cannot be computed with tensor parallelism; compute the mask or the Fisher "
-            "information in a single process first."
+            f"gradients per example cannot be computed with tensor parallelism, got the sharded weight {sharded}; use "
+            "DDP or FSDP2, or write the mask of a GradientMask in a single process and pass its file as mask_path."
         )
     totals = [wide(torch.zeros_like(p.detach())) for p in run.scope.values()]
     device = next(run.model.parameters()).device

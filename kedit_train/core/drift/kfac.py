@@ -121,7 +121,7 @@ def kfac_factors(
     numbered = [(list(ids), torch.rand(len(ids), generator=generator, dtype=torch.float64)) for ids in sequences]
     own = sorted(share_of_process(numbered), key=lambda pair: len(pair[0]))
     parts = [own[start : start + batch_size] for start in range(0, len(own), batch_size)]
-    # Every process must call the model equally often. Additional batches of one sequence are not counted.
+    # Every process must call the model equally often. The additional batches contain one sequence and are not counted.
     extra = [numbered[:1]] * missing_batches(len(numbered), len(own), batch_size)
     device = next(run.model.parameters()).device
     batch: Batch

@@ -11,7 +11,7 @@ from kedit_train.functional.second_order import divergence_of_gradient, transfor
 
 
 def transform_matrix(matrix: Tensor, output_root: Tensor | None, input_root: Tensor) -> Tensor:
-    """Apply :func:`~kedit_train.functional.second_order.transform`.
+    """Apply :func:`~kedit_train.functional.second_order.transform` to a matrix that may be sharded.
 
     Args:
         matrix: [out, in], possibly sharded. If it is sharded, it is gathered once.
@@ -27,7 +27,7 @@ def transform_matrix(matrix: Tensor, output_root: Tensor | None, input_root: Ten
 
 
 def divergence(change: Tensor, output_moment: Tensor, input_moment: Tensor) -> Tensor:
-    """Apply :func:`~kedit_train.functional.second_order.second_order_divergence`.
+    """Apply :func:`~kedit_train.functional.second_order.second_order_divergence` to a change that may be sharded.
 
     Args:
         change: [out, in], possibly sharded.

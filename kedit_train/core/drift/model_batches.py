@@ -26,8 +26,9 @@ class Batch:
     Attributes:
         inputs: keyword arguments as a mapping, or positional arguments as a tuple.
         mask: [batch, sequence] bool, True for real tokens. None if there is no padding.
-        counted: whether statistics are computed from the batch. False if the model is only called so that every process
-            calls it equally often. Otherwise FSDP2 would wait forever for the other processes.
+        counted: whether statistics are computed from the batch. False for an additional batch, on which the model runs
+            only so that every process calls the model equally often. If one process called it less often, FSDP2 would
+            wait forever.
     """
 
     inputs: tuple[Any, ...] | Mapping[str, Any]
@@ -46,7 +47,7 @@ class Batch:
         return replace(self, mask=mask)
 
     def real_tokens(self, values: Tensor, name: str) -> Tensor:
-        """Return the vectors of real tokens, without the vectors of padding. A batch that is not counted has none.
+        """Return the vectors of real tokens, without those of padding. For a batch that is not counted, return none.
 
         Args:
             values: [batch, sequence, d] or [batch * sequence, d].

@@ -11,7 +11,9 @@ from kedit_train.functional.null_space import FreeSpace, project_free, project_g
 
 
 def remove_preserved(change: Tensor, space: FreeSpace) -> Tensor:
-    """Apply :func:`~kedit_train.functional.null_space.project_free`. Each process projects its own rows.
+    """Apply :func:`~kedit_train.functional.null_space.project_free` to a change that may be sharded.
+
+    Each process projects its own rows. If the change is not sharded by rows, it is gathered first.
 
     Args:
         change: [out, in], possibly sharded.
@@ -29,9 +31,10 @@ def remove_preserved_from_gradient(gradient: Tensor, space: FreeSpace) -> Tensor
 
 
 def remove_high_curvature(change: Tensor, curvature: Curvature) -> Tensor:
-    """Apply :func:`~kedit_train.functional.low_curvature.project_low_curvature`.
+    """Apply :func:`~kedit_train.functional.low_curvature.project_low_curvature` to a change that may be sharded.
 
-    If the change is sharded by rows, only a small matrix of pairs of eigenvectors is summed over the processes.
+    If the change is sharded by rows, each process projects its own rows. Only a small matrix with one entry per pair of
+    eigenvectors is summed over the processes. Otherwise, the change is gathered first.
 
     Args:
         change: [out, in], possibly sharded.

@@ -46,7 +46,7 @@ def parts_outside_language_model(model: nn.Module) -> dict[str, str]:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if id(parameter) not in inside:
             names = name.split(".")
-            # The part is the outermost module that does not contain the language model.
+            # A part is the outermost module around the parameter that does not contain the language model.
             shared = next((i for i, (a, b) in enumerate(zip(names, around, strict=False)) if a != b), len(around))
             parts[name] = names[min(shared, len(names) - 1)]
     return parts

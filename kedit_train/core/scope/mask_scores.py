@@ -124,7 +124,7 @@ def score_entries(
 
 
 def _complete(information: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    # The entries with the highest scores are chosen over the whole tensor.
+    # The entries with the highest scores of a whole tensor are chosen, so each process needs all scores.
     return {name: full_tensor(values) for name, values in information.items()}
 
 

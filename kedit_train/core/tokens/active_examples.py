@@ -17,7 +17,7 @@ from kedit_train.functional.labels import IGNORE_INDEX
 class ActiveExamples:
     """An example filter that leaves learned examples out of the batches.
 
-    An example is identified by its token ids, its labels and its images, without padding. So the filter recognizes an
+    An example is identified by its token ids and labels without padding, and by its images. So the filter recognizes an
     example in every batch.
 
     Args:

@@ -109,15 +109,17 @@ class LeftOut:
 
     Args:
         examples: the examples.
-        place: where the batch that the model computes is in the batch of the host, as the shape of the batch of the
-            host ([batch, length]), the rows and the columns. None if both are the same.
+        place: the shape of the batch of the host ([batch, length]), and the rows and columns of this batch that the
+            model computes. None if the model computes the whole batch.
     """
 
     examples: tuple[LeftOutExample, ...] = ()
     place: tuple[Sequence[int], list[int], slice] | None = None
 
     def in_batch(self, values: Tensor) -> Tensor:
-        """Return values of all positions in the shape of the batch of the host, with zeros for what was left out.
+        """Put the values of the computed positions into the shape of the batch of the host.
+
+        Positions that were left out get zeros.
 
         Args:
             values: [computed batch, computed length, ...].

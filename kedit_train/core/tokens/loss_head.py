@@ -69,8 +69,8 @@ class LossHead:
         head: the model's output head.
         shares: function that returns how many micro-batch losses the host adds up in one optimizer step
             (:meth:`Host.summed_micro_batches`). If the host averages these losses, the function returns 1.
-        full_logits: whether the host reads the logits of training steps (:attr:`Host.reads_logits`). They are then
-            computed for all positions, without gradients.
+        full_logits: whether the host reads the logits of training steps (:attr:`Host.reads_logits`). If True, the
+            logits of all positions are computed, without gradients.
 
     Attributes:
         term: a second term in the loss of every supervised token, or None.

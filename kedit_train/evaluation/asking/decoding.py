@@ -91,8 +91,8 @@ class PromptBatch:
         if self.takes_positions:
             inputs["position_ids"] = position_ids(self.mask)[:, -unread:]
         if self.takes_logits_to_keep:
-            # With the number 1, the head would receive a slice of the hidden states. On a CPU, torch would then copy a
-            # frozen bf16 weight of the head once for each sequence.
+            # A tensor of positions is passed instead of the number 1. With the number, the head would receive a slice
+            # of the hidden states. On a CPU, torch would then copy a frozen bf16 weight of the head once per sequence.
             inputs["logits_to_keep"] = torch.tensor([unread - 1], device=self.ids.device)
         return self.model(**inputs).logits[:, -1].float()
 

@@ -89,7 +89,9 @@ def log_report(host: Any, report: Saveable) -> None:
 
 
 def log_configuration(run: Any, meta: Mapping[str, Any]) -> None:
-    """Store what identifies an edit in the configuration of its W&B run, under ``edit``. Without a W&B run, do nothing.
+    """Write the data, the model and the callbacks of an edit into the configuration of its W&B run, under ``edit``.
+
+    Without a W&B run, do nothing.
 
     Args:
         run: the :class:`~kedit_train.core.run.EditRun`.

@@ -21,10 +21,10 @@ SECTIONS = {
 
 
 def edit_workspace(project: str, *, name: str = "kedit-train") -> Any:
-    """Return a saved view of a W&B project as an object. Call its ``save()`` to create the view on the server of W&B.
+    """Return a view of a W&B project. Call ``save()`` of the result to create the view on the server of W&B.
 
-    The first section shows the scores of the edits over the training steps, the locality of each run over its
-    generality, the answers, and the report. Each other section plots the series of one question.
+    The first section shows the scores of the edits during training, a plot of the locality against the generality of
+    each run, the answers, and the report. Each of the other sections plots the metrics of one question.
 
     Args:
         project: the team or user, and the project, as ``"team/project"``.
