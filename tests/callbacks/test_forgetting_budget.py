@@ -149,6 +149,7 @@ def test_the_budget_on_the_training_data_holds_and_is_used_up(start):
     assert losses[0] < 0.6 * losses[1]
 
 
+@pytest.mark.slow
 def test_the_budget_on_texts_holds(tmp_path):
     texts = world.locality_texts(exclude=world.edits(12), n=64, seed=0)
     plain, _, _ = train_world([])

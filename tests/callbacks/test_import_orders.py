@@ -98,8 +98,11 @@ def run(program: str, folder: Path) -> str:
 
 @pytest.mark.parametrize(
     "program",
-    [CREATE + IMPORT + FIT, IMPORT + CREATE + FIT, BROKEN_ONCE + CREATE + IMPORT + FIT],
-    ids=["lightning_last", "lightning_first", "lightning_fails_once"],
+    [
+        pytest.param(CREATE + IMPORT + FIT, id="lightning_last"),
+        pytest.param(IMPORT + CREATE + FIT, id="lightning_first", marks=pytest.mark.slow),
+        pytest.param(BROKEN_ONCE + CREATE + IMPORT + FIT, id="lightning_fails_once", marks=pytest.mark.slow),
+    ],
 )
 def test_callbacks_train_in_lightning_in_either_order_of_the_imports(program: str, tmp_path: Path) -> None:
     assert run(program, tmp_path) == "fitted"

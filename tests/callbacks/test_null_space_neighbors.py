@@ -73,7 +73,9 @@ def test_the_limit_of_texts_does_not_limit_the_neighbors(make, words):
     assert read[1] == sum(len(prompt.split()) for prompt in neighbor_prompts([EDIT], TEXTS, 3))
 
 
-@pytest.mark.parametrize("chosen", ["plain", "question", "chat"])
+@pytest.mark.parametrize(
+    "chosen", ["plain", *(pytest.param(name, marks=pytest.mark.slow) for name in ("question", "chat"))]
+)
 def test_in_a_loop_the_prompts_have_the_format_and_the_first_tokens_of_the_training_examples(chosen, monkeypatch):
     model, tokenizer = world.load()
     tokenizer.chat_template = TEMPLATE

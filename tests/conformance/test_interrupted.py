@@ -104,6 +104,7 @@ def test_resuming_a_loop_from_its_last_checkpoint_ends_the_edit(tmp_path: Path) 
     assert EditDelta.load(tmp_path / "edit.safetensors").meta["configuration"]["step"] == 2
 
 
+@pytest.mark.slow
 def test_resuming_from_the_last_checkpoint_ends_the_edit(tmp_path: Path) -> None:
     model = world.load()[0]
     train(model, tmp_path, callbacks())
@@ -133,7 +134,7 @@ def test_a_kill_between_the_checkpoint_and_the_state_of_the_edit_loses_nothing(
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, pytest.param(ValueError, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
 def test_a_model_is_clean_after_an_exception_and_is_not_edited_again(
     error: type[BaseException], dtype: torch.dtype, tmp_path: Path
 ) -> None:
@@ -182,7 +183,7 @@ def killed_process_folder(parent: Path, name: str) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("part", ["optimizer.pt", "scheduler.pt"])
+@pytest.mark.parametrize("part", ["optimizer.pt", pytest.param("scheduler.pt", marks=pytest.mark.slow)])
 def test_a_half_deleted_checkpoint_is_an_error(part: str, tmp_path: Path) -> None:
     train(world.load()[0], tmp_path, callbacks(), steps=2)
     (tmp_path / "checkpoint-2" / part).unlink()
@@ -217,7 +218,7 @@ def test_an_interrupted_run_resumes_in_the_same_model(tmp_path: Path) -> None:
     assert_same_bits(weights(whole), weights(model))
 
 
-@pytest.mark.parametrize("host", ["Trainer", "SFTTrainer"])
+@pytest.mark.parametrize("host", ["Trainer", pytest.param("SFTTrainer", marks=pytest.mark.slow)])
 def test_resuming_with_another_scope_is_an_error_before_the_optimizer_is_loaded(host: str, tmp_path: Path) -> None:
     train(world.load()[0], tmp_path, callbacks(), host, steps=2)
     with pytest.raises(EditError, match=r"written with another scope \(2 tensors\) than this run \(1 tensors\)"):

@@ -50,6 +50,8 @@ REFUSED = {
     "StopWhenEdited": "TokenSmoothing",
 }
 WORKING = [name for name in SETTINGS if name not in REFUSED]
+# The default run takes one trainer with a teacher and one with rewards.
+SOME = [kind if kind in ("SDFT", "GRPO") else pytest.param(kind, marks=pytest.mark.slow) for kind in TRAINERS]
 
 
 def scope() -> ParameterScope:
@@ -105,7 +107,7 @@ def test_a_callback_without_the_loss_that_it_reads_is_an_error(kind: str, callba
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("kind", TRAINERS)
+@pytest.mark.parametrize("kind", SOME)
 def test_scope_mask_ball_and_anchor_are_exact(kind: str) -> None:
     rows = Rows()
     constraints = [scope(), GradientMask("magnitude", density=0.25), NormBall(1e-3), WeightAnchor(strength=10.0)]
@@ -122,7 +124,7 @@ def test_scope_mask_ball_and_anchor_are_exact(kind: str) -> None:
     assert used.state.log_history[0]["edit/scope/mask_density"] == pytest.approx(0.25, abs=1e-4)
 
 
-@pytest.mark.parametrize("kind", TRAINERS)
+@pytest.mark.parametrize("kind", SOME)
 def test_the_null_space_holds(kind: str) -> None:
     rows = Rows()
     used = train(kind, [scope(), NullSpace(texts=TEXTS), rows])
@@ -141,9 +143,7 @@ def test_the_null_space_holds(kind: str) -> None:
     assert 0.0 < float((inputs[0] @ change.T).norm()) < 0.4 * float(change.norm() * inputs[0].norm())
 
 
-@pytest.mark.parametrize(
-    "kind", [k if k in ("SDFT", "GRPO") else pytest.param(k, marks=pytest.mark.slow) for k in TRAINERS]
-)
+@pytest.mark.parametrize("kind", SOME)
 def test_kl_locality_adds_its_penalty(kind: str) -> None:
     rate, weight = (0.1, 5.0) if kind in ("SDFT", "Distillation") else (0.15, 4.0)
 
@@ -160,7 +160,7 @@ def test_kl_locality_adds_its_penalty(kind: str) -> None:
     assert 0.0 < sum(held[-4:]) < 0.7 * sum(free[-4:])
 
 
-@pytest.mark.parametrize("kind", TRAINERS)
+@pytest.mark.parametrize("kind", SOME)
 def test_the_metrics_are_logged_and_reported(kind: str, tmp_path: Path) -> None:
     path = tmp_path / "report.json"
     metrics = EditMetrics(edits(), every_n_steps=1, show=False, evaluation=SHORT, report_path=str(path))
@@ -207,6 +207,7 @@ def test_sdft_moves_the_student_to_the_model_that_reads_the_fact() -> None:
     assert divergence(taught, first_distribution(used.model, prompts)) < 0.5 * before
 
 
+@pytest.mark.slow
 def test_distillation_moves_the_student_to_its_teacher() -> None:
     prompts = [edit.prompt for edit in edits()]
     taught = first_distribution(teacher(), prompts)
@@ -215,7 +216,7 @@ def test_distillation_moves_the_student_to_its_teacher() -> None:
     assert divergence(taught, first_distribution(used.model, prompts)) < 0.5 * before
 
 
-@pytest.mark.parametrize("kind", ["GRPO", "RLOO"])
+@pytest.mark.parametrize("kind", ["GRPO", pytest.param("RLOO", marks=pytest.mark.slow)])
 def test_the_opposite_reward_gives_the_opposite_step(kind: str) -> None:
     def change(sign: float) -> Tensor:
         rows = Rows()
@@ -264,7 +265,7 @@ class Generation(EditCallback):
         self.handle.remove()
 
 
-@pytest.mark.parametrize("kind", TRAINERS)
+@pytest.mark.parametrize("kind", SOME)
 def test_callbacks_do_not_change_what_is_generated(kind: str) -> None:
     def weights(*more: Any) -> dict[str, Tensor]:
         # A penalty and constraints without effect: all completions and all steps must be the same.

@@ -174,7 +174,12 @@ class Gradients(EditCallback):
 @pytest.mark.parametrize(
     ("kind", "existing", "checkpointing"),
     [
-        pytest.param(kind, existing, checkpointing, marks=() if existing != (kind == "KTO") else pytest.mark.slow)
+        pytest.param(
+            kind,
+            existing,
+            checkpointing,
+            marks=() if existing != (kind == "KTO") and checkpointing else pytest.mark.slow,
+        )
         for kind in ("DPO", "KTO")
         for existing in (True, False)
         for checkpointing in (True, False)

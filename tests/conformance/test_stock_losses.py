@@ -45,7 +45,7 @@ def losses(host: str, callbacks: list[Any], options: dict[str, Any]) -> list[tup
 
 
 # The default run takes every host once. In one host, it also takes the option that combines all others.
-ALONE = {("Trainer", "accumulation"), ("SFTTrainer", "bf16, accumulation, checkpointing")}
+ALONE = {("SFTTrainer", "bf16, accumulation, checkpointing")}
 
 
 @pytest.mark.parametrize(
