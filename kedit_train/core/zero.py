@@ -101,7 +101,8 @@ class ZeroSteps:
         if self._penalties:
             raise EditError(
                 f"the loss has no gradient for {next(iter(self._penalties))}, so the gradient of a penalty is lost; "
-                "train this parameter with the loss, or remove it from the scope."
+                "call edit.before_step() before the backward pass of the loss, and train this parameter with the loss, "
+                "or remove it from the scope."
             )
         kept = {name: parameter.grad for name, parameter in scope.items()}
         for parameter in scope.values():
