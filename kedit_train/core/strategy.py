@@ -41,6 +41,12 @@ def follow_strategy(run: RunState) -> None:
             "(fully_shard) or a single process."
         )
     run.scope = {name: current[name] for name in shapes}
+    untrained = next((n for n, p in run.scope.items() if zero is not None and not hasattr(p, "get_full_hp_grad")), None)
+    if untrained is not None:
+        raise EditError(
+            f"{untrained} is in scope, but the optimizer of DeepSpeed does not train it; create the optimizer from "
+            "edit.parameters(), or select other parameters with ParameterScope."
+        )
     if zero is not None and run.zero is None:
         run.zero = ZeroSteps(run, zero)
     check_precision(run.scope.values(), widened=run.masters is not None and bool(run.masters.dtypes))

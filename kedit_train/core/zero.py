@@ -102,7 +102,8 @@ class ZeroSteps:
         if self._penalties:
             raise EditError(
                 "with DeepSpeed, the loss must have a gradient for every parameter that a penalty changes, got none "
-                f"for {next(iter(self._penalties))}; remove this parameter from the scope."
+                f"for {next(iter(self._penalties))}; call edit.before_step() before the backward pass of the loss, or "
+                "remove this parameter from the scope."
             )
         kept = {name: parameter.grad for name, parameter in scope.items()}
         for parameter in scope.values():

@@ -312,3 +312,11 @@ def test_weights_of_a_checkpoint_that_failed_to_load_are_not_the_weights_before_
         made.train("checkpoint-2")
     with pytest.raises(EditError, match=rf"{NAME} must not change between the start of the edit and the first step"):
         made.train()
+
+
+def test_deepspeed_of_accelerate_launch_is_refused(tmp_path, edits):
+    made = trainer(tmp_path, edits, [scope(), NormBall(1e-3)])
+    # TrainingArguments sets this attribute if the variable ACCELERATE_USE_DEEPSPEED is set.
+    made.args.deepspeed_plugin = object()
+    with pytest.raises(EditError, match="cannot be enforced with this training strategy: DeepSpeed"):
+        made.train()

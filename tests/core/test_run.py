@@ -246,3 +246,20 @@ def test_the_edits_of_a_run_come_from_a_callback_or_the_host(tiny):
     for other in (object(), ["added an edge"], "edits.jsonl", []):
         with editing(tiny("llama"), [ParameterScope(1)], edits=other) as edit:
             assert list(edit.run.edits) == []
+
+
+def test_a_tokenizer_may_have_an_attribute_tokenizer_but_a_processor_contains_its_tokenizer(tiny):
+    run = EditRun(tiny("llama"), Host(object()))
+
+    class Tokenizer:
+        # As in the tokenizers of mistral-common, whose inner object cannot be called.
+        tokenizer = object()
+
+        def __call__(self, text: str) -> dict[str, list[int]]:
+            return {"input_ids": [1]}
+
+    given, processor = Tokenizer(), Tokenizer()
+    processor.tokenizer = given
+    assert run.tokenizer(given) is given
+    assert run.tokenizer(processor) is given
+    run.close()

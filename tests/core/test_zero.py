@@ -83,8 +83,10 @@ def model() -> nn.Sequential:
     return nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3), nn.Linear(3, 2))
 
 
-def trained(flat: bool, *callbacks: Any, **attributes: Any) -> tuple[nn.Module, Any, list[dict[str, float]]]:
-    """Train two layers for three steps of two micro-batches."""
+def trained(
+    flat: bool, *callbacks: Any, often: bool = False, **attributes: Any
+) -> tuple[nn.Module, Any, list[dict[str, float]]]:
+    """Train two layers for three steps of two micro-batches. ``often`` announces each step before each micro-batch."""
     network, zero = model(), None
     mask = GradientMask("magnitude", density=0.5)
     with editing(network, [ParameterScope(modules=("0", "2")), *callbacks, mask], log_every_n_steps=1) as edit:
@@ -95,6 +97,8 @@ def trained(flat: bool, *callbacks: Any, **attributes: Any) -> tuple[nn.Module, 
         for step in range(3):
             edit.before_step()
             for part in range(2):
+                if often:
+                    edit.before_step()
                 inputs = torch.randn(3, 5, generator=torch.Generator().manual_seed(10 * step + part))
                 network(inputs).square().mean().backward()
             optimizer.step()
@@ -115,6 +119,20 @@ def test_the_weights_and_metrics_are_those_of_an_ordinary_optimizer(skip: bool) 
     assert others == rows
     assert all(len(p._post_accumulate_grad_hooks or ()) == (n[0] in "02") for n, p in found.named_parameters())
     assert zero.step == FlatOptimizer.step.__get__(zero)
+
+
+def test_a_penalty_counts_once_if_each_micro_batch_announces_the_step() -> None:
+    once, often = trained(True, Pull()), trained(True, Pull(), often=True)
+    for name, parameter in once[0].named_parameters():
+        assert torch.equal(parameter, often[0].get_parameter(name)), name
+
+
+def test_a_parameter_that_deepspeed_does_not_train_is_an_error() -> None:
+    network = model()
+    with editing(network, [ParameterScope(modules=("0", "2"))]) as edit:
+        FlatOptimizer(torch.optim.SGD(network[0].parameters(), lr=0.1))
+        with pytest.raises(EditError, match=r"2\.weight is in scope, but the optimizer of DeepSpeed does not train it"):
+            edit.before_step()
 
 
 def test_the_optimizer_is_found_only_by_its_own_hooks() -> None:

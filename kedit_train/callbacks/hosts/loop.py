@@ -235,14 +235,16 @@ class Editing:
             )
         for callback in run.callbacks:
             run.attach(callback)
-        if not self._is_pending():
+        # DeepSpeed takes every step that has begun, and has no gradients of penalties before the backward pass.
+        if run.zero is None and not self._is_pending():
             # The previous step was taken, or it was skipped (for example by a gradient scaler) and zero_grad() was
             # called afterwards.
             run.steps.begin(scaler)
         penalty = run.steps.penalty()
         if penalty is not None:
             run.backward(penalty if scaler is None else scaler.scale(penalty))
-            self._host.watch_penalties(run)
+            if run.zero is None:
+                self._host.watch_penalties(run)
 
     def _is_pending(self) -> bool:
         """Return whether a step was begun but not taken, and the gradients of its penalties still exist."""

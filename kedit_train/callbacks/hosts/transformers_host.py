@@ -231,7 +231,9 @@ class TransformersHost(Host):
                 f"{launched} processes were started but the trainer uses {self.args.world_size}, so each process "
                 "trains its own model (on CPUs, set use_cpu=True in the training arguments)"
             )
-        return "DeepSpeed updates flattened copies of the weights" if self.args.deepspeed else None
+        # accelerate launch --use_deepspeed sets only the plugin.
+        uses_deepspeed = self.args.deepspeed or getattr(self.args, "deepspeed_plugin", None)
+        return "DeepSpeed updates flattened copies of the weights" if uses_deepspeed else None
 
     def loss_unsupported_reason(self) -> str | None:
         if self.args.n_gpu > 1:

@@ -164,7 +164,9 @@ def find_text_model(run: EditRun) -> nn.Module:
     queue = deque([run.language_model or run.model])
     while queue:
         module = queue.popleft()
-        if "input_ids" in inspect.signature(module.forward).parameters:
+        # FSDP2 may shard a PEFT wrapper, so the model inside is not called directly.
+        inner: Any = module.get_base_model() if hasattr(module, "get_base_model") else module  # type: ignore[operator]
+        if "input_ids" in inspect.signature(inner.forward).parameters:
             return module
         queue.extend(module.children())
     raise EditError(

@@ -22,6 +22,9 @@ def language_path(model: nn.Module) -> str | None:
     config = getattr(base, "config", None)
     if getattr(config, "text_config", None) is None or not hasattr(base, "get_decoder"):
         return None
+    if base.get_output_embeddings() is None:
+        # CLIP and similar models encode texts, but predict none.
+        return None
     decoder = base.get_decoder()
     return next((name for name, module in model.named_modules() if module is decoder and module is not base), None)
 

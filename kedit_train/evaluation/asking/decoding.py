@@ -91,9 +91,12 @@ class PromptBatch:
         if self.takes_positions:
             inputs["position_ids"] = position_ids(self.mask)[:, -unread:]
         if self.takes_logits_to_keep:
-            # A tensor of positions is passed instead of the number 1. With the number, the head would receive a slice
-            # of the hidden states. On a CPU, torch would then copy a frozen bf16 weight of the head once per sequence.
-            inputs["logits_to_keep"] = torch.tensor([unread - 1], device=self.ids.device)
+            # On a CPU, a tensor of positions is passed instead of the number 1. With the number, the head would receive
+            # a slice of the hidden states, and torch would then copy a frozen bf16 weight of the head once per
+            # sequence. On GPUs, the hidden states may be on another device than the ids (device_map), so no index is
+            # passed.
+            on_cpu = self.ids.device.type == "cpu"
+            inputs["logits_to_keep"] = torch.tensor([unread - 1]) if on_cpu else 1
         return self.model(**inputs).logits[:, -1].float()
 
     def logits_of_targets(self, rows: Sequence[int], targets: Sequence[Sequence[int]]) -> list[Tensor]:

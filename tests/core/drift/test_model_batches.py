@@ -102,3 +102,10 @@ def test_every_process_gets_the_same_number_of_batches_and_each_item_is_counted_
     assert sorted(tokens) == sorted(token for ids in sequences for token in ids)
     vectors = [batch.real_tokens(batch.inputs[0], "weight") for batches in found["inputs"] for batch in batches]
     assert sorted(int(value) for vector in vectors for value in vector) == list(range(1, count + 1))
+
+
+def test_a_peft_wrapper_reads_the_texts_itself(tiny):
+    """FSDP2 may shard the wrapper, and a call of the model inside would not gather the weights of the wrapper."""
+    peft = pytest.importorskip("peft")
+    wrapped = peft.get_peft_model(tiny("llama"), peft.LoraConfig(r=2, target_modules=["down_proj"]))
+    assert find_text_model(run_on(wrapped, ["lora_A.default"])) is wrapped

@@ -7,6 +7,7 @@ import re
 import pytest
 import torch
 from torch import nn
+from transformers import CLIPConfig, CLIPModel
 
 from kedit_train.core.scope.scope import check_selection, find_layers, layer_indices, matches, resolve_scope
 from kedit_train.errors import EditError
@@ -266,3 +267,9 @@ def test_a_custom_module_with_a_stack_of_layers():
 
     assert list(resolve_scope(Forecaster(), "1-2", "0.weight")) == ["blocks.1.0.weight", "blocks.2.0.weight"]
     assert "frozen" not in resolve_scope(Forecaster())
+
+
+def test_a_model_that_encodes_texts_and_images_but_predicts_no_text_has_no_language_part():
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = CLIPConfig(text_config=sizes, vision_config=sizes | {"image_size": 16, "patch_size": 4})
+    assert len(resolve_scope(CLIPModel(config), modules="mlp.fc1.weight")) == 4

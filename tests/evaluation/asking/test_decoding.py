@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from kedit_train.evaluation import generate_answers
-from kedit_train.evaluation.asking.decoding import can_pad, decode_greedily
+from kedit_train.evaluation.asking.decoding import PromptBatch, can_pad, decode_greedily
 
 PROMPTS = ["Paris is in", "The long and winding way to the town of", "A", "Who is the mother of the king of Spain?"]
 
@@ -63,6 +63,18 @@ def test_the_head_receives_hidden_states_in_the_layout_of_a_new_tensor() -> None
     decode_greedily(model, rows, [3, 3], lambda token: False, pad_id=0)
     assert [tuple(states.shape) for states in received] == [(2, 1, 16)] * 3
     assert all(states.stride() == torch.empty(2, 1, 16).stride() for states in received)
+
+
+def test_a_model_outside_of_the_cpu_receives_no_index() -> None:
+    """With ``device_map``, the hidden states may be on another GPU than the index."""
+    model = _model("mistral").eval().to("meta")
+
+    def stop(module: Any, args: Any, inputs: dict[str, Any]) -> None:
+        raise InterruptedError(repr(inputs["logits_to_keep"]))
+
+    model.register_forward_pre_hook(stop, with_kwargs=True)
+    with pytest.raises(InterruptedError, match=r"^1$"):
+        PromptBatch(model, [[5, 6, 7], [9, 10]], 0).next_logits()
 
 
 def test_ended_sequences_leave_the_batch(scripted_model: Any) -> None:
