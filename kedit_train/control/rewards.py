@@ -121,7 +121,7 @@ class FactReward(Reward):
         for prompt in prompts:
             if prompt not in self._good:
                 raise EditError(
-                    f"the prompt {shorten(prompt)!r} must be a prompt, a rephrase or a locality prompt of the edits; "
+                    f"the edits must contain {shorten(prompt)!r} as a prompt, a rephrase or a locality prompt; "
                     "add it to the edits, or use another reward.",
                     "FactReward",
                 )

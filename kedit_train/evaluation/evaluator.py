@@ -248,7 +248,7 @@ class _Evaluation:
         """Return the scores on the texts in ``options.prose``.
 
         The key "perplexity" contains the perplexity of these texts. The key "prose" contains the scores that compare
-        the model with the unedited model, or an empty dict without a report on the unedited model.
+        the model with the unedited model. If there is no report on the unedited model, it contains an empty dict.
         """
         options = self.options
         if options.prose is None:

@@ -44,8 +44,9 @@ def check_scope(run: EditRun, adapted: AdaptedLayers) -> None:
 def check_no_randomness(run: EditRun, adapted: AdaptedLayers) -> None:
     """Check that the model computes the same hidden states in training and in evaluation mode.
 
-    This finds dropout and noise in functions, which no module and no name in the configuration shows. A resumed run
-    was checked when it began.
+    This also finds dropout and noise that the code of the model adds by calling functions. Such calls are visible
+    neither in the modules nor in the configuration. A resumed run is not checked again, because it was checked when it
+    began.
 
     Raises:
         EditError: the hidden states differ.

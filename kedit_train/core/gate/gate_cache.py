@@ -29,8 +29,8 @@ def open_before(cache: Any, rows: int, device: torch.device) -> Tensor:
         device: the device of the result.
 
     Raises:
-        EditError: the cache contains tokens that the gated model has not read, has a fixed size, is offloaded, or is no
-            ``Cache`` of transformers.
+        EditError: the cache is not usable: it is no ``Cache`` of transformers, it has a fixed size, it is offloaded, or
+            it contains tokens that the gated model has not read.
     """
     closed = torch.zeros(rows, dtype=torch.bool, device=device)
     if cache is None:

@@ -117,9 +117,7 @@ class LeftOut:
     place: tuple[Sequence[int], list[int], slice] | None = None
 
     def in_batch(self, values: Tensor) -> Tensor:
-        """Put the values of the computed positions into the shape of the batch of the host.
-
-        Positions that were left out get zeros.
+        """Return the values for all positions of the full batch. Positions that were left out get zeros.
 
         Args:
             values: [computed batch, computed length, ...].

@@ -59,7 +59,7 @@ class Subtraction:
             length: norm of the trained difference divided by the norm of the original weights (counting only the
                 parameters that training changed).
             measure: function ``measure(coefficient, factor)`` that subtracts ``factor`` times the trained difference,
-                and returns the scores of the model.
+                and returns the scores of the model together with both arguments.
 
         Returns:
             Three values: the list of all measurements, which begins with ``before``; the index of the chosen

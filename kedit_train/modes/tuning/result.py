@@ -31,8 +31,8 @@ class TuneResult:
             and the setting.
         picked: the trial of the picked setting on the largest number of edits.
         rule: the rule by which the setting was picked.
-        held_out: the scores of the picked setting on the held-out edits, after the unedited model was trained on these
-            edits.
+        held_out: the scores of the picked setting on the held-out half. For these scores, the unedited model learned
+            the edits of this half with the picked setting.
         halves: the tuning half and the held-out half of the edits.
         meta: model, edits (name and hash), protocol, format of the examples, seed, budget, seconds, versions and date.
     """
