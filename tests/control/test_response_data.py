@@ -195,7 +195,11 @@ def needs_answers(prompts: Any, completions: Any, answers: Any) -> list[float]:
     [
         ({"prompts": ["The", LONG]}, [], "ResponseDataModule: the prompt 'word word"),
         ({"reward": needs_answers}, [], "ResponseDataModule: reward must be a function reward(prompts, completions)"),
-        ({"reward": FactReward(world.edits(1))}, [], "FactReward: the edits must contain 'The' as a prompt, a rephrase"),
+        (
+            {"reward": FactReward(world.edits(1))},
+            [],
+            "FactReward: the edits must contain 'The' as a prompt, a rephrase",
+        ),
         ({"cache_dir": os.devnull + "/states"}, [], "because /dev/null is not a folder; change the path."),
         ({}, [ControlMetrics(["The"], step_size=1)], "ControlMetrics: prompts must not be trained on, but 'The' is"),
         (

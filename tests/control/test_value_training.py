@@ -253,7 +253,10 @@ def test_records_are_read_from_files(tmp_path: Path) -> None:
         (lambda: ControlMetrics(["a"], step_size=-1), "ControlMetrics: step_size must be >= 0, got -1."),
         (lambda: PatternReward("("), "PatternReward: pattern must be a regular expression, got '('"),
         (lambda: FactReward([]), "FactReward: edits must not be empty."),
-        (lambda: FactReward(world.edits(1))(["x"], ["y"]), "FactReward: the edits must contain 'x' as a prompt, a rephrase"),
+        (
+            lambda: FactReward(world.edits(1))(["x"], ["y"]),
+            "FactReward: the edits must contain 'x' as a prompt, a rephrase",
+        ),
     ],
 )
 def test_a_bad_argument_is_an_error_in_one_line(make: Any, message: str) -> None:
