@@ -26,9 +26,8 @@ from kedit_train.safetensors_header import parse_json
 if TYPE_CHECKING:
     from rich.console import Console
 
-    dataclass(frozen=True, kw_only=True, repr=False)
 
-
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Report(ReportData):
     """The result of :func:`~kedit_train.evaluation.evaluate`.
 

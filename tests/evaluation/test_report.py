@@ -63,6 +63,12 @@ def test_a_loaded_report_can_be_used_as_the_unedited_one(report: Report, scripte
     assert again.metrics["locality"]["generated"].n == 3
 
 
+def test_a_report_is_a_dataclass_of_its_own() -> None:
+    """Type checkers and ``dataclasses.replace`` then know the arguments of ``Report``."""
+    assert "__dataclass_params__" in vars(Report)
+    assert Report.__dataclass_params__.frozen  # type: ignore[attr-defined]
+
+
 def test_a_failed_save_leaves_the_old_file(report: Report, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = report.save(tmp_path / "report.json")
     whole = path.read_bytes()
