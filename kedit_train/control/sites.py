@@ -9,9 +9,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from kedit_train.arguments import cut
+from kedit_train.core.scope.adapters import base_model
 from kedit_train.core.scope.scope import find_layers
 from kedit_train.errors import EditError
-from kedit_train.evaluation.asking.batching import base_model, unwrap_model
+from kedit_train.evaluation.asking.batching import unwrap_model
 
 HEAD = "head"
 Layer = int | str

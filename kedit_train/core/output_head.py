@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from kedit_train.core.fsdp import check_head
+from kedit_train.core.scope.adapters import base_model
 from kedit_train.errors import EditError
 from kedit_train.evaluation_mode import evaluation_mode
 from kedit_train.functional.chunked_linear import linear
@@ -56,8 +57,7 @@ class OutputHead:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        base: Any = model
-        base = base.get_base_model() if hasattr(base, "get_base_model") else base
+        base = base_model(model)
         self.module: nn.Module = base.get_output_embeddings()
         self.config: Any = base.config.get_text_config()
         self.scale: float = 1.0

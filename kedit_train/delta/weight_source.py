@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from kedit_train.core.fsdp import full_tensor
 from kedit_train.core.gate.gate import find_gate
+from kedit_train.core.scope.adapters import base_model
 from kedit_train.errors import EditError
 from kedit_train.safetensors_header import Span, read_header, read_tensor
 
@@ -125,7 +126,7 @@ def _module_weights(module: Any) -> Weights:
     if hasattr(module, "peft_config"):
         if any(config.is_prompt_learning for config in module.peft_config.values()):
             raise EditError("prompt tuning changes no weight, so a delta cannot store it; save the adapter with PEFT.")
-        base = module.get_base_model() if hasattr(module, "get_base_model") else module
+        base = base_model(module)
     named = named_tensors(base)
     readers: dict[str, Callable[[], Tensor]] = {name: lambda value=value: value for name, value in named.items()}
     made_of = {name: {id(value)} for name, value in named.items()}

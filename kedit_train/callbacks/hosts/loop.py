@@ -237,11 +237,9 @@ class Editing:
             run.attach(callback)
         # DeepSpeed takes every step that has begun, and has no gradients of penalties before the backward pass.
         if run.zero is None and not self._is_pending():
-            # The previous step was taken, or it was skipped (for example by a gradient scaler) and zero_grad() was
-            # called afterwards.
+            # The previous step was taken or skipped (for example by a gradient scaler).
             run.steps.begin(scaler)
-        penalty = run.steps.penalty()
-        if penalty is not None:
+        if (penalty := run.steps.penalty()) is not None:
             run.backward(penalty if scaler is None else scaler.scale(penalty))
             if run.zero is None:
                 self._host.watch_penalties(run)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from kedit_train.core.locality.token_sequences import pad_sequences
 from kedit_train.core.processes import rank, world_size
 from kedit_train.core.run import EditRun
+from kedit_train.core.scope.adapters import base_model
 from kedit_train.errors import EditError
 
 
@@ -165,8 +166,7 @@ def find_text_model(run: EditRun) -> nn.Module:
     while queue:
         module = queue.popleft()
         # FSDP2 may shard a PEFT wrapper, so the model inside is not called directly.
-        inner: Any = module.get_base_model() if hasattr(module, "get_base_model") else module  # type: ignore[operator]
-        if "input_ids" in inspect.signature(inner.forward).parameters:
+        if "input_ids" in inspect.signature(base_model(module).forward).parameters:
             return module
         queue.extend(module.children())
     raise EditError(

@@ -1,4 +1,4 @@
-"""Keep frozen parameters of adapters frozen when PEFT switches adapters."""
+"""PEFT adapters: find the model inside, and keep frozen parameters frozen when PEFT switches adapters."""
 
 from __future__ import annotations
 
@@ -6,6 +6,11 @@ from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
+
+
+def base_model(model: Any) -> Any:
+    """Return the model inside a PEFT adapter, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def keep_frozen(model: nn.Module, frozen: Iterable[nn.Parameter]) -> list[Any]:

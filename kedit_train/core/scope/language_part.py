@@ -7,9 +7,9 @@ as those of the language model: Qwen2.5-VL has ``mlp.down_proj`` in both.
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import nn
+
+from kedit_train.core.scope.adapters import base_model
 
 
 def language_path(model: nn.Module) -> str | None:
@@ -18,7 +18,7 @@ def language_path(model: nn.Module) -> str | None:
     Returns:
         For example "model.language_model". None if the model reads only text.
     """
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    base = base_model(model)
     config = getattr(base, "config", None)
     if getattr(config, "text_config", None) is None or not hasattr(base, "get_decoder"):
         return None
@@ -41,7 +41,7 @@ def parts_outside_language_model(model: nn.Module) -> dict[str, str]:
     path = language_path(model)
     if path is None:
         return {}
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    base = base_model(model)
     own = [model.get_submodule(path), base.get_input_embeddings(), base.get_output_embeddings()]
     inside = {id(p) for module in own if module is not None for p in module.parameters()}
     around = path.split(".")

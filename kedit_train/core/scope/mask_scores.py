@@ -114,7 +114,7 @@ def score_entries(
     length = context_length(getattr(run.model, "config", None))
     sequences = score.sample(edits.encode(run.tokenizer(), max_length=length))
     if score.name == "gradient":
-        return {n: full_tensor(gradient).abs() for n, gradient in mean_gradient(run, sequences).items()}, None
+        return {name: gradient.abs() for name, gradient in _complete(mean_gradient(run, sequences)).items()}, None
     on_edits = _complete(diagonal_fisher(run, sequences, seed=score.seed))
     if score.name == "fisher":
         return on_edits, None
@@ -123,9 +123,9 @@ def score_entries(
     return on_edits, _complete(diagonal_fisher(run, others, seed=score.seed))
 
 
-def _complete(information: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _complete(scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
     # The entries with the highest scores of a whole tensor are chosen, so each process needs all scores.
-    return {name: full_tensor(values) for name, values in information.items()}
+    return {name: full_tensor(values) for name, values in scores.items()}
 
 
 def choose_masks(

@@ -51,11 +51,6 @@ def unwrap_model(model: nn.Module) -> Any:
     return inner
 
 
-def base_model(model: Any) -> Any:
-    """Return the model inside a PEFT adapter, or the model itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
 def uses_prompt_learning(model: Any) -> bool:
     """Return True if a PEFT adapter puts learned tokens in front of the text, which shifts all text positions."""
     return hasattr(model, "get_base_model") and getattr(model.active_peft_config, "is_prompt_learning", False)

@@ -12,8 +12,9 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from kedit_train.core.scope.adapters import base_model
 from kedit_train.data.tokenization import Encoded, collate, position_ids
-from kedit_train.evaluation.asking.batching import base_model, model_device, uses_prompt_learning
+from kedit_train.evaluation.asking.batching import model_device, uses_prompt_learning
 from kedit_train.evaluation.asking.logits import accepts_argument
 
 # Finished sequences are removed only when they make up at least this fraction of the batch, because every removal

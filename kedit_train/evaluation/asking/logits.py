@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
+from kedit_train.core.scope.adapters import base_model
 from kedit_train.data.tokenization import Encoded, collate
 from kedit_train.evaluation.asking.batching import (
-    base_model,
     model_device,
     split_into_batches,
     uses_prompt_learning,
