@@ -12,6 +12,12 @@ from torch import Tensor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from kedit_train import world
+from kedit_train.callbacks import ParameterScope, editing
+
+LAYERS = "model.language_model.layers"
+SCOPE = [f"{LAYERS}.{i}.mlp.down_proj.weight" for i in (1, 2)]
+TEXTS = ["The old baker found a coin near the river.", "A red fox slept.", "Where is the bridge? Answer: far away"]
+IMAGES = [True, False, True, True]
 
 _SPECIAL = ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"]
 PICTURE = "<|vision_start|><|image_pad|><|vision_end|>"
@@ -105,3 +111,30 @@ def batch_of(processor: Any, edits: Sequence[Any], images: Sequence[bool]) -> di
         own = dict(processor(images=[picture(row)] if images[row] else None, text=[prompt]))
         labels[row, : len(own["input_ids"][0])] = -100
     return batch | {"labels": labels}
+
+
+def scope() -> ParameterScope:
+    return ParameterScope("1-2", modules="mlp.down_proj.weight")
+
+
+def bits(model: Any) -> dict[str, Tensor]:
+    return {name: p.detach().view(torch.int32).clone() for name, p in model.named_parameters()}
+
+
+def changed(model: Any, before: dict[str, Tensor]) -> list[str]:
+    """Return the parameters that have changed, and check that no entry of the vision tower has."""
+    moved = {name: int((now != before[name]).sum()) for name, now in bits(model).items()}
+    assert sum(count for name, count in moved.items() if name.startswith(VISION)) == 0
+    return [name for name, count in moved.items() if count]
+
+
+def train(model: Any, processor: Any, batch: dict[str, Tensor], callbacks: list[Any], steps: int = 3) -> Any:
+    model.train()
+    with editing(model, callbacks, tokenizer=processor.tokenizer, log_every_n_steps=1) as edit:
+        optimizer = torch.optim.AdamW(edit.parameters(), lr=1e-2)
+        for _ in range(steps):
+            edit.before_step()
+            model(**batch).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    return edit

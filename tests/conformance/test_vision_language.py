@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,40 +15,32 @@ import torch
 from callbacks.inputs import principal, share_of
 from torch import Tensor
 from torch.nn import functional as F
-from vision_models import PICTURE, VISION, batch_of, build_model, build_processor, picture
+from vision_models import (
+    IMAGES,
+    LAYERS,
+    SCOPE,
+    TEXTS,
+    VISION,
+    batch_of,
+    build_model,
+    build_processor,
+    scope,
+    train,
+)
 
-from kedit_train import EditDelta, EditError, load_model, world
+from kedit_train import EditError, world
 from kedit_train.callbacks import (
-    ActiveSet,
     BatchAnchor,
-    ContextTeacher,
-    EditMetrics,
-    GradientMask,
     KLLocality,
-    LowCurvature,
-    MaskScore,
-    NormBall,
     NullSpace,
     ParameterScope,
-    PolyakStep,
-    PrefixCache,
-    SaveDelta,
-    SecondOrderLocality,
     SubjectTokens,
     TokenLoss,
-    TokenSmoothing,
-    WeightAnchor,
     editing,
 )
 from kedit_train.core.scope.scope import find_layers, resolve_scope
 from kedit_train.data import EditDataset
-from kedit_train.evaluation import EvaluationOptions, generate_answers
 from kedit_train.functional import overtone
-
-LAYERS = "model.language_model.layers"
-SCOPE = [f"{LAYERS}.{i}.mlp.down_proj.weight" for i in (1, 2)]
-TEXTS = ["The old baker found a coin near the river.", "A red fox slept.", "Where is the bridge? Answer: far away"]
-IMAGES = [True, False, True, True]
 
 
 @pytest.fixture(scope="module")
@@ -65,21 +56,6 @@ def model(processor: Any) -> Any:
 @pytest.fixture(scope="module")
 def edits() -> EditDataset:
     return EditDataset(world.edits(n=4))
-
-
-def scope() -> ParameterScope:
-    return ParameterScope("1-2", modules="mlp.down_proj.weight")
-
-
-def bits(model: Any) -> dict[str, Tensor]:
-    return {name: p.detach().view(torch.int32).clone() for name, p in model.named_parameters()}
-
-
-def changed(model: Any, before: dict[str, Tensor]) -> list[str]:
-    """Return the parameters that have changed, and check that no entry of the vision tower has."""
-    moved = {name: int((now != before[name]).sum()) for name, now in bits(model).items()}
-    assert sum(count for name, count in moved.items() if name.startswith(VISION)) == 0
-    return [name for name, count in moved.items() if count]
 
 
 def gradients(model: Any, loss: Tensor) -> dict[str, Tensor]:
@@ -292,198 +268,3 @@ def test_subject_tokens_with_images(model, processor, edits):
         found = {name: model.get_parameter(name).grad.clone() for name in names}
         assert run.run.collect()["edit/scope/subject_examples"] == 1.0
     assert_same_gradients(found, wanted)
-
-
-# -- what is refused
-
-
-REFUSED: dict[str, tuple[Callable[[], list[Any]], str]] = {
-    "PrefixCache": (
-        lambda: [PrefixCache()],
-        "PrefixCache: Qwen2_5_VLTextModel calls the layers but does not receive the input_ids of the model, so "
-        "PrefixCache cannot identify the sequences; remove PrefixCache.",
-    ),
-    "BatchAnchor": (
-        lambda: [BatchAnchor(), TokenLoss()],
-        "BatchAnchor: the model is called with pixel_values of shape (48, 24) for 4 examples, but this argument must "
-        "have one entry per example; remove the argument, or use KLLocality with texts.",
-    ),
-}
-
-
-@pytest.mark.parametrize("name", REFUSED)
-def test_an_error_before_the_first_step(model, processor, edits, name):
-    callbacks, message = REFUSED[name]
-    before = bits(model)
-    with pytest.raises(EditError) as error:
-        train(model, processor, batch_of(processor, edits, IMAGES), [scope(), *callbacks()])
-    assert str(error.value) == message
-    assert changed(model, before) == []
-
-
-# -- hosts
-
-
-def train(model: Any, processor: Any, batch: dict[str, Tensor], callbacks: list[Any], steps: int = 3) -> Any:
-    model.train()
-    with editing(model, callbacks, tokenizer=processor.tokenizer, log_every_n_steps=1) as edit:
-        optimizer = torch.optim.AdamW(edit.parameters(), lr=1e-2)
-        for _ in range(steps):
-            edit.before_step()
-            model(**batch).loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-    return edit
-
-
-SETTINGS: dict[str, Callable[[Any], list[Any]]] = {
-    "SubjectTokens, NullSpace": lambda edits: [SubjectTokens(edits=edits), NullSpace(TEXTS), TokenLoss("overtone")],
-    "KLLocality, NormBall": lambda edits: [KLLocality(TEXTS, batch_size=2), NormBall(1e-3), TokenSmoothing()],
-    "SecondOrderLocality": lambda edits: [SecondOrderLocality(TEXTS, batch_size=2), TokenSmoothing()],
-    "LowCurvature": lambda edits: [LowCurvature(TEXTS, batch_size=2), TokenLoss("dft")],
-    "ActiveSet": lambda edits: [ActiveSet(recheck=1), TokenSmoothing()],
-    "WeightAnchor": lambda edits: [WeightAnchor("ewc", strength=100.0, texts=TEXTS), PolyakStep(), TokenSmoothing()],
-    "GradientMask": lambda edits: [GradientMask(MaskScore("gradient", limit=4), density=0.2, edits=edits)],
-    "ContextTeacher": lambda edits: [ContextTeacher(edits, min_followed=0.0)],
-}
-
-
-@pytest.mark.parametrize("name", SETTINGS)
-def test_only_the_scope_moves_in_a_loop(model, processor, edits, name):
-    before = bits(model)
-    train(model, processor, batch_of(processor, edits, IMAGES), [scope(), *SETTINGS[name](edits)])
-    assert changed(model, before) == SCOPE
-
-
-def trainer_arguments(folder: Path) -> dict[str, Any]:
-    return {
-        "output_dir": str(folder),
-        "max_steps": 3,
-        "per_device_train_batch_size": 2,
-        "gradient_accumulation_steps": 2,
-        "learning_rate": 1e-2,
-        "lr_scheduler_type": "constant",
-        "report_to": [],
-        "use_cpu": True,
-        "bf16": False,
-        "save_strategy": "no",
-        "logging_steps": 1,
-        "disable_tqdm": True,
-        "remove_unused_columns": False,
-    }
-
-
-def run_trainer(model: Any, processor: Any, edits: Any, callbacks: list[Any], folder: Path) -> list[Any]:
-    from transformers import Trainer, TrainingArguments
-
-    rows = list(zip(edits, IMAGES, strict=True))
-    trainer = Trainer(
-        model=model,
-        args=TrainingArguments(**trainer_arguments(folder)),
-        train_dataset=rows,  # type: ignore[arg-type]
-        data_collator=lambda rows: batch_of(processor, *zip(*rows, strict=True)),
-        processing_class=processor,
-        callbacks=callbacks,
-    )
-    trainer.train()
-    return trainer.state.log_history
-
-
-def run_sft(model: Any, processor: Any, edits: Any, callbacks: list[Any], folder: Path) -> list[Any]:
-    from datasets import Dataset
-    from trl import SFTConfig, SFTTrainer
-
-    rows = [
-        {
-            "prompt": f"{PICTURE if has_image else ''}{edit.prompt}",
-            "completion": f" {edit.target}",
-            "images": [picture(i)] if has_image else [],
-        }
-        for i, (edit, has_image) in enumerate(zip(edits, IMAGES, strict=True))
-    ]
-    trainer = SFTTrainer(
-        model=model,
-        args=SFTConfig(**trainer_arguments(folder), max_length=None),
-        train_dataset=Dataset.from_list(rows),
-        processing_class=processor,
-        callbacks=callbacks,
-    )
-    trainer.train()
-    return trainer.state.log_history
-
-
-HOSTS = {"Trainer": run_trainer, "SFTTrainer": run_sft}
-
-
-def losses(history: list[Any]) -> list[float]:
-    return [row["loss"] for row in history if "loss" in row]
-
-
-@pytest.mark.parametrize("host", HOSTS)
-def test_the_loss_of_a_trainer_does_not_change(processor, edits, host, tmp_path):
-    """TokenLoss with cross-entropy gives the losses and weights that the trainer has without it."""
-    runs = []
-    for own in ([], [TokenLoss()]):
-        model = build_model(processor.tokenizer)
-        runs.append((losses(HOSTS[host](model, processor, edits, [scope(), *own], tmp_path)), model))
-    (stock, first), (own, second) = runs
-    assert len(stock) == 3
-    assert own == pytest.approx(stock, rel=1e-4)
-    for name in SCOPE:
-        torch.testing.assert_close(second.get_parameter(name), first.get_parameter(name), rtol=1e-3, atol=1e-4)
-
-
-@pytest.mark.parametrize("host", HOSTS)
-def test_an_edit_in_a_trainer(processor, edits, host, tmp_path):
-    model = build_model(processor.tokenizer)
-    untouched, before, path = copy.deepcopy(model), bits(model), tmp_path / "edit.safetensors"
-    callbacks = [
-        *(scope(), TokenLoss("overtone"), SubjectTokens(), KLLocality(TEXTS, batch_size=2), NullSpace(TEXTS)),
-        EditMetrics(edits, every_n_steps=2, show=False, evaluation=EvaluationOptions(max_new_tokens=4)),
-        SaveDelta(str(path), edits=edits),
-    ]
-    history = HOSTS[host](model, processor, edits, callbacks, tmp_path)
-    assert changed(model, before) == SCOPE
-    assert any("edit/locality/kl" in row for row in history)
-    assert any("edit/reliability" in row for row in history)
-    delta = EditDelta.load(path)
-    applied = delta.apply(untouched)
-    assert all(torch.equal(p, model.get_parameter(n)) for n, p in applied.named_parameters())
-    assert bits(delta.revert(applied)).keys() == before.keys()
-    assert changed(applied, before) == []
-
-
-# -- evaluation and files
-
-
-def test_answers_after_a_batch_with_images(model, processor, edits):
-    """The model keeps the positions of the last image. They must not reach the prompts of an evaluation."""
-    model.eval()
-    prompts = [edit.prompt for edit in edits]
-    model(**batch_of(processor, edits, IMAGES))
-    answers = generate_answers(model, processor.tokenizer, prompts, max_new_tokens=4)
-    for prompt, answer in zip(prompts, answers, strict=True):
-        ids = torch.tensor([processor.tokenizer(prompt)["input_ids"]])
-        for expected in answer.ids:
-            assert int(model(input_ids=ids, use_cache=False).logits[0, -1].argmax()) == expected
-            ids = torch.cat([ids, torch.tensor([[expected]])], dim=1)
-    assert any(answer.ids for answer in answers)
-
-
-def test_a_delta_is_applied_to_a_checkpoint(model, processor, edits, tmp_path):
-    model.save_pretrained(tmp_path / "base")
-    path = tmp_path / "edit.safetensors"
-    train(model, processor, batch_of(processor, edits, IMAGES), [scope(), SaveDelta(str(path), edits=edits)])
-    EditDelta.load(path).apply_to_checkpoint(tmp_path / "base", tmp_path / "edited")
-    again = type(model).from_pretrained(tmp_path / "edited")
-    assert bits(again).keys() == bits(model).keys()
-    assert changed(again, bits(model)) == []
-
-
-def test_load_model_loads_the_vision_tower(model, processor, tmp_path):
-    model.save_pretrained(tmp_path)
-    processor.tokenizer.save_pretrained(tmp_path)
-    loaded, tokenizer = load_model(str(tmp_path))
-    assert bits(loaded).keys() == bits(model).keys()
-    assert changed(loaded, bits(model)) == []
-    assert len(tokenizer) == len(processor.tokenizer)
