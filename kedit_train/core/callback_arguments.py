@@ -8,6 +8,9 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+
 from kedit_train.data import EditDataset
 from kedit_train.edit import Edit
 
@@ -19,9 +22,10 @@ _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 def callback_arguments(callbacks: Iterable[Any]) -> dict[str, dict[str, Any]]:
     """Return the constructor arguments of each callback as plain values.
 
-    Numbers, texts and None are returned unchanged, and so are short collections of them. Edits are replaced by their
-    name, their hash and their number. A path is replaced by a text, a dataclass by a dict of its fields, a long
-    collection by a text with its length, and any other object by the name of its class.
+    Numbers, texts and None are returned unchanged, and so are short collections of them. A NumPy number becomes a
+    Python number. Edits are replaced by their name, their hash and their number. A path, a dtype and a device are
+    replaced by a text, a dataclass by a dict of its fields, a long collection by a text with its length, and any other
+    object by the name of its class.
 
     Args:
         callbacks: instances of callbacks. The arguments are read from the attributes of the same names.
@@ -51,7 +55,9 @@ def plain(value: Any) -> Any:
     """Return a value that JSON can store. :func:`callback_arguments` describes the result."""
     if value is None or isinstance(value, bool | int | float | str):
         return value
-    if isinstance(value, Path):
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, Path | torch.dtype | torch.device):
         return str(value)
     is_list = isinstance(value, Sequence | Set)
     if is_list and value and all(isinstance(item, Edit) for item in value):

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conformance.settings import ALL
@@ -48,6 +49,9 @@ def test_values_are_those_that_were_given() -> None:
     ("value", "expected"),
     [
         (Path("a") / "b", str(Path("a") / "b")),
+        (np.float32(0.5), 0.5),
+        ([np.int64(2)], [2]),
+        (torch.bfloat16, "torch.bfloat16"),
         (list(EDITS), {"name": "edits", "hash": EDITS.hash, "edits": 4}),
         ([], []),
         ({"a": (1, None)}, {"a": [1, None]}),
