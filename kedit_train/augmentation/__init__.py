@@ -135,7 +135,7 @@ class Augmentation:
         return [self.rewritten.get((edit.prompt, edit.target), edit) for edit in edits]
 
     def training_edits(self, edits: Sequence[Edit]) -> list[Edit]:
-        """Return all examples to train: the edits, with rewritten targets if there are any, and the additional ones."""
+        """Return all examples to train: the edits, with rewritten targets if any, and the additional examples."""
         return [*self.rewrite(edits), *self(edits)]
 
     def __repr__(self) -> str:
@@ -181,8 +181,7 @@ def augmentation(
         replay_limit: maximum number of facts to replay, drawn with ``seed``. None uses the number of edits.
         previous_edits: edits that the model has already learned, or a file of such edits. These edits are trained again
             with their own targets. A previous edit is left out if its prompt contains a subject or a prompt of
-            ``edits``. It is also left out if a scored prompt of ``edits`` is in the text that its prompt and its target
-            form together.
+            ``edits``. It is also left out if its prompt and its target together contain a scored prompt of ``edits``.
         rewrite: train the edits on targets that ``model`` writes
             (:func:`~kedit_train.augmentation.rewrites.rewrite_targets`). For each token, the model reads the new fact
             with probability ``1 - rewrite``, and only the prompt otherwise. The value is in [0, 1). None: the edits are

@@ -1,4 +1,4 @@
-"""ForecastMetrics: measure the error of a forecaster on a new regime, and the change of its other forecasts."""
+"""ForecastMetrics: measure the error of a forecaster on new data, and the change of its forecasts on kept inputs."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ class ForecastMetrics(EditCallback):
         for index, target in enumerate(self._targets):
             if not target.numel() or not bool(target.isfinite().all()):
                 what = "contain only finite numbers" if target.numel() else f"not be empty, got {tuple(target.shape)}"
-                raise EditError(f"the target for new[0][{index}] must {what}; leave this forward pass out.")
+                raise EditError(f"the target for new[0][{index}] must {what}; remove this item from new.")
 
     def attach(self, run: EditRun) -> None:
         self._new = ModelOutputs(run, self._new_items, self.output, self.module, "new")
@@ -194,7 +194,7 @@ class ForecastMetrics(EditCallback):
         return total / count
 
     def _read_new(self) -> tuple[list[Any], list[Tensor]]:
-        """Return the inputs and the targets of the new regime."""
+        """Return the inputs and the targets of the argument ``new``."""
         if isinstance(self.new, str | os.PathLike):
             items = read_model_inputs(self.new, "new")
             if _TARGETS not in items[0]:

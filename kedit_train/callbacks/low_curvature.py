@@ -32,10 +32,10 @@ class LowCurvature(EditCallback):
 
     This is the constraint of CrispEdit. ``D = W - W0`` is the change of a weight, and ``vec(D)ᵀ G vec(D)`` estimates
     how much D harms general ability. G is the Gauss-Newton matrix of the cross-entropy on general texts. For each
-    weight, G is approximated as a Kronecker product of two K-FAC factors. After every optimizer step, the eigenvectors
-    of G with the largest eigenvalues are removed from D. These eigenvectors are selected in descending order of their
-    eigenvalues until the selected eigenvalues add up to at least ``energy`` times the trace of G. Eigenvectors with the
-    same eigenvalue as the last selected one are removed, too.
+    weight, G is approximated as a Kronecker product of two K-FAC factors. After every optimizer step, the components of
+    D along the eigenvectors of G with the largest eigenvalues are removed. These eigenvectors are selected in
+    descending order of their eigenvalues until the selected eigenvalues add up to at least ``energy`` times the trace
+    of G. Eigenvectors with the same eigenvalue as the last selected one are selected, too.
 
     ``NullSpace`` removes whole input directions. ``LowCurvature`` removes only pairs of an input direction and an
     output direction, so it leaves more freedom for the edit.
@@ -74,7 +74,7 @@ class LowCurvature(EditCallback):
 
     Raises:
         EditError: an argument is invalid; the model is not a causal language model; or the scope contains parameters
-            that are not supported. Only weights of ``nn.Linear`` and ``Conv1D`` are supported. LoRA factors are not
+            that are not supported. Only weights of ``nn.Linear`` and ``Conv1D`` are supported. LoRA matrices are not
             supported, because an adapter with B = 0 has no curvature. The output head is not supported.
 
     References:

@@ -311,7 +311,7 @@ class NullSpace(EditCallback):
     ) -> dict[str, Tensor]:
         """Return the directions to preserve for each weight, [d_in, rank] in fp64.
 
-        If ``start`` has the directions of moments that differ little, the result is computed from these directions.
+        ``start`` may contain the directions of similar moments. The computation then begins with these directions.
         """
         start = start or {}
         return {

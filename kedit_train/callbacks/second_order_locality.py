@@ -28,12 +28,12 @@ from kedit_train.paths import SAFETENSORS_PATH
 class SecondOrderLocality(PolyakStep):
     """Replace each optimizer step by a step that changes predictions on given texts as little as possible.
 
-    Before training, the callback computes the K-FAC factors of each weight on the texts. A is the second moment of the
+    Before training, the callback computes two K-FAC factors of each weight on the texts. A is the second moment of the
     layer's inputs, and S is the second moment of the gradients at the layer's outputs. These factors estimate the KL
     divergence per token that a change D of the weight causes on the texts: ``1/2 tr(S D A Dᵀ)``. During
     training, no text is read. After each optimizer step, the change that the optimizer made is discarded. Instead, the
-    callback takes a step of Adam in transformed coordinates: a change U of the coordinates changes the weight by
-    ``S^-1/2 U A^-1/2``. In these coordinates, all changes of the same norm have the same estimated divergence.
+    callback takes a step of Adam in transformed coordinates, in which all changes of the same norm have the same
+    estimated divergence. A change U in these coordinates changes the weight by ``S^-1/2 U A^-1/2``.
 
     The length of a step does not depend on the optimizer or on its learning rate. The gradient predicts how much a step
     of a given length reduces the loss. The callback chooses the length for which the predicted reduction is

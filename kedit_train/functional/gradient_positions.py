@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class _GradientPositions(torch.autograd.Function):
-    """Identity in the forward pass. In the backward pass, only some positions reach the weight.
+    """Identity in the forward pass. In the backward pass, only the chosen positions contribute to the weight gradient.
 
     The gradient at the chosen positions flows back through ``output``, to the weight and to the inputs of the layer.
     The gradient at all other positions flows to the inputs only.

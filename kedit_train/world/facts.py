@@ -142,7 +142,7 @@ def _hops(facts: dict[Key, Fact], pools: dict[str, tuple[str, ...]]) -> dict[Key
 
 
 def _dealt(rng: Random, answers: Sequence[str], count: int) -> list[str]:
-    """Return a random list of ``count`` answers, in which the counts of any two answers differ by at most one."""
+    """Return ``count`` answers in random order. Any two answers occur equally often, up to a difference of one."""
     return shuffled(rng, [answers[i % len(answers)] for i in range(count)])
 
 
