@@ -59,8 +59,8 @@ class AugmentationOptions:
             of edits.
         previous_edits: a file of edits that the model has already learned. These edits are trained again. A previous
             edit is left out if it is too similar to an edit of the run (see :func:`augmentation`).
-        rewrite: train on targets that the unedited model writes (MixSD). For each token, the model reads the new fact
-            with probability ``1 - rewrite``, and only the prompt otherwise. The value is in [0, 1); the paper uses 0.3
+        rewrite: train on targets that the unedited model writes (MixSD). For each token, the model reads the prompt,
+            and with probability ``1 - rewrite`` also the new fact. The value is in [0, 1); the paper uses 0.3
             to 0.5. The edits are still evaluated with their own targets. None: the edits are trained with their own
             targets.
         study: a file of study rows. A study row is a text about a document: a paraphrase, a question with its answer,
@@ -183,8 +183,8 @@ def augmentation(
             with their own targets. A previous edit is left out if its prompt contains a subject or a prompt of
             ``edits``. It is also left out if its prompt and its target together contain a scored prompt of ``edits``.
         rewrite: train the edits on targets that ``model`` writes
-            (:func:`~kedit_train.augmentation.rewrites.rewrite_targets`). For each token, the model reads the new fact
-            with probability ``1 - rewrite``, and only the prompt otherwise. The value is in [0, 1). None: the edits are
+            (:func:`~kedit_train.augmentation.rewrites.rewrite_targets`). For each token, the model reads the prompt,
+            and with probability ``1 - rewrite`` also the new fact. The value is in [0, 1). None: the edits are
             trained with their own targets.
         study: study rows: a result of :func:`study_rows`, or the file of such rows. If the file does not exist,
             ``model`` writes it with ``seed``. If a result has rows about documents that are not in ``edits``, these

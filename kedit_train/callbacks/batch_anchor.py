@@ -109,8 +109,8 @@ class BatchAnchor(EditCallback):
     def metrics(self, run: EditRun) -> dict[str, float]:
         """Return the metrics of the divergence since the last call.
 
-        The metrics are the mean divergence per token in nats, the fraction of examples that needed no additional
-        forward pass of the model before the edit, and the size of the stored hidden states in bytes.
+        The metrics are the mean divergence per token in nats, the fraction of examples whose reference hidden states
+        were already stored, and the size of the stored hidden states in bytes.
         """
         return {} if self._term is None else self._term.metrics()
 

@@ -162,9 +162,9 @@ class ContextTeacher(TokenLoss):
         """Return the metrics of the loss since the last call.
 
         Returns:
-            ``edit/tokens/active`` (fraction of tokens with a gradient), ``edit/tokens/taught`` (fraction of tokens that
-            are trained towards the teacher's distribution) and ``edit/tokens/followed`` (fraction of the edits for
-            which the unedited model gives the target when it reads the fact).
+            A dict with three fractions. ``edit/tokens/active``: tokens with a gradient. ``edit/tokens/taught``: tokens
+            that are trained towards the teacher's distribution. ``edit/tokens/followed``: edits for which the unedited
+            model gives the target when it reads the fact.
         """
         means = super().metrics(run)
         return means | {"edit/tokens/followed": self._followed} if means else {}

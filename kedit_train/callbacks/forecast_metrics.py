@@ -41,11 +41,12 @@ class ForecastMetrics(EditCallback):
     ``eval_edit_forecast_error`` and ``eval_edit_forecast_change``.
 
     Args:
-        new: the new inputs and their targets. Either a pair of lists (inputs, targets) with one item per forward pass:
-            an item of the inputs is a tensor, a tuple (positional arguments) or a mapping (keyword arguments), and its
-            target is a tensor. Or the path of a safetensors file: one tensor of the file is named "targets", the others
-            are named like the arguments of ``forward``, and all have the shape [forward passes, windows, ...].
-        kept: inputs on which the outputs should not change, in the same form, without targets.
+        new: the new inputs and their targets, as two lists or as a file. The lists are a pair (inputs, targets) with
+            one item per forward pass. An item of the inputs is a tensor, a tuple of positional arguments or a mapping
+            of keyword arguments, and its target is a tensor. A file is given as the path of a safetensors file. One of
+            its tensors is named "targets". Every other tensor is named like an argument of ``forward``. All tensors
+            have the shape [forward passes, windows, ...].
+        kept: inputs on which the outputs should not change, as one list or as a file, without targets.
         every_n_steps: number of optimizer steps between two measurements. 0 measures before and after training only.
         error: "mse" is the mean squared error. The output has the shape of its target. "quantile" is the mean quantile
             loss. The output has the shape [..., Q] for a target of the shape [...].
@@ -186,7 +187,7 @@ class ForecastMetrics(EditCallback):
             expected = tuple(target.shape) if levels is None else (*target.shape, len(levels))
             if tuple(output.shape) != expected:
                 raise EditError(
-                    f"the output for new[0][{index}] must have the shape {expected}, because its target has the shape "
+                    f"the output for new[0][{index}] must have the shape {expected} to fit its target of shape "
                     f"{tuple(target.shape)}, got {tuple(output.shape)}; change the target, or reshape with output=."
                 )
             mean = (output - target).square().mean() if levels is None else quantile_loss(output, target, levels)

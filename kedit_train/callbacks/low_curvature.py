@@ -60,7 +60,7 @@ class LowCurvature(EditCallback):
         energy: fraction of the curvature (the trace of G) that is removed, in (0, 1). Default 0.9; the paper uses 0.8
             to 0.99. A higher value preserves more behavior and leaves less freedom for the edit.
         factors_path: a ``.safetensors`` file for the K-FAC factors. If the file exists, the factors are read from it.
-            Otherwise, the factors are computed and written to it. A file is valid only for the weights, texts and
+            If not, the factors are computed and written to it. A file is valid only for the weights, texts and
             labels from which its factors were computed.
         sequential: whether consecutive runs of this instance on one model preserve earlier edits. After each run, the
             factors of the run's edits are added to the factors of the texts, weighted by the number of tokens. The

@@ -55,7 +55,7 @@ class SecondOrderLocality(PolyakStep):
         factors: "kfac" (default) or "inputs". "inputs" uses the identity matrix for S, so the texts need no backward
             pass.
         factors_path: a ``.safetensors`` file for the factors. If the file exists, the factors are read from it.
-            Otherwise, the factors are computed and written to it. A file is valid only for the weights, texts and
+            If not, the factors are computed and written to it. A file is valid only for the weights, texts and
             labels from which its factors were computed.
         limit: maximum number of texts to read. None (default) reads all texts.
         batch_size: number of sequences per forward and backward pass when the factors are computed. Default 8.
@@ -66,7 +66,7 @@ class SecondOrderLocality(PolyakStep):
     Raises:
         EditError: an argument is invalid; no callback computes the loss (add ``TokenLoss``); the model is not a causal
             language model; or the scope contains parameters that are not supported. Only weights of ``nn.Linear`` and
-            ``Conv1D`` are supported. LoRA factors and the output head are not supported.
+            ``Conv1D`` are supported. LoRA matrices and the output head are not supported.
 
     References:
         Optimizing Neural Networks with Kronecker-factored Approximate Curvature, arXiv 1503.05671. SOAP: Improving and

@@ -47,10 +47,10 @@ class SubjectTokens(EditCallback):
     calls.
 
     A training example belongs to an edit if its text contains the prompt of the edit. If the subject is only the first
-    token of the text, the example is trained at all tokens of the prompt, because most models store nothing about a
-    subject at the first position (an attention sink). Examples without the prompt of an edit and edits without a
-    subject are trained at all tokens. Penalties on other texts, such as ``KLLocality``, act at all tokens, too. Losses
-    on the training examples, such as ``TokenLoss`` and ``BatchAnchor``, act only at the tokens of the subject.
+    token of the text, the example is trained at all tokens of the prompt. The reason is that most models store nothing
+    about a subject at the first position (an attention sink). Examples without the prompt of an edit and edits without
+    a subject are trained at all tokens. Penalties on other texts, such as ``KLLocality``, act at all tokens, too.
+    Losses on the training examples, such as ``TokenLoss`` and ``BatchAnchor``, act only at the tokens of the subject.
 
     Args:
         edits: the edits that are trained (a path, a list of ``Edit`` or an ``EditDataset``). None uses the edits of

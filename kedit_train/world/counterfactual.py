@@ -289,7 +289,7 @@ def _involved(exclude: Sequence[Edit]) -> set[Key]:
         if edit.prompt not in prompts:
             raise EditError(
                 f"edit {cut(repr(edit.id or edit.prompt))} is not about a fact of the bundled model, so the bundled "
-                "texts and prompts do not fit; pass your own texts or prompts"
+                "texts and prompts cannot be used for it; pass your own texts or prompts"
             )
         edited.add(prompts[edit.prompt])
         involved.update(prompts[prompt] for prompt in scored_prompts(edit) if prompt in prompts)

@@ -123,7 +123,7 @@ def documents(fact: Fact, wordings: Sequence[str]) -> list[str]:
 
 
 def training_facts(world: World) -> list[Fact]:
-    """Return all training facts: one-hop facts, and two-hop facts except those of held-out people."""
+    """Return all training facts: all one-hop facts, and the two-hop facts that are not about held-out people."""
     return [*world.facts.values(), *world.trained_two_hop]
 
 

@@ -217,7 +217,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "levels": ({"error": "quantile", "quantiles": [0.5, 1.0]}, r"numbers in \(0, 1\), got \[0.5, 1.0\]"),
     "quantile shape": (
         {"error": "quantile", "quantiles": LEVELS},
-        r"must have the shape \(5, 3, 3\), because its target has the shape \(5, 3\), got \(5, 3\)",
+        r"must have the shape \(5, 3, 3\) to fit its target of shape \(5, 3\), got \(5, 3\)",
     ),
     "kept": ({"kept": None}, "kept must be a list with one item per forward pass"),
     "error": ({"error": "mae"}, 'error must be "mse" or "quantile"'),
