@@ -27,12 +27,12 @@ class ContextTeacher(TokenLoss):
 
     This is context distillation.
 
-    The teacher is the unedited model. Before the first step, the teacher reads, for each edit, a sentence that states
-    the new fact, then the prompt and the target of the edit. For each token of the target, the teacher's next-token
-    distribution is stored: the probabilities of the ``top_k`` most probable tokens, and the total probability of all
-    other tokens. The model in training learns to predict these distributions without the fact in its context. The loss
-    is the KL divergence of this model from the teacher. A step costs about as much as a step with cross-entropy,
-    because the distributions are computed only once.
+    The teacher is the unedited model. Before the first step, the teacher reads one text for each edit: a sentence that
+    states the new fact, followed by the prompt and the target of the edit. For each token of the target, the teacher's
+    next-token distribution is stored: the probabilities of the ``top_k`` most probable tokens, and the total
+    probability of all other tokens. The model in training learns to predict these distributions without the fact in its
+    context. The loss is the KL divergence of the trained model from the teacher. A step costs about as much as a step
+    with cross-entropy, because the distributions are computed only once.
 
     If the label of a token is not the teacher's most probable token, the token is trained towards its label, as with
     cross-entropy. The tokens of training examples that are not edits, such as replayed facts, are also trained towards

@@ -179,8 +179,8 @@ class SecondOrderLocality(PolyakStep):
     def load_state(self, state: dict[str, Any]) -> None:
         if state.get("coordinates") != self._coordinates():
             raise EditError(
-                "the checkpoint was written with other texts, damping or factors; resume with the same texts (and the "
-                "same limit=), damping= and factors=, or start a new run."
+                "the checkpoint was written with other texts, damping or factors; resume with the texts, limit=, "
+                "damping= and factors= of the run that wrote the checkpoint, or start a new run."
             )
         super().load_state(state)
 

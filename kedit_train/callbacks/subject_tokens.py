@@ -42,7 +42,7 @@ class SubjectTokens(EditCallback):
     too. Add :class:`NullSpace` to keep more of these answers. The callback does not change the forward pass: for the
     same weights, the outputs and the loss are the same. The gradients of hidden states still flow through all tokens.
 
-    The model must be a pretrained language model, which reads what it knows about a subject at the tokens of the
+    The model must be a pretrained language model. Such a model reads what it knows about a subject at the tokens of the
     subject. On the small bundled model, many edits with this callback do not succeed. The example below only shows the
     calls.
 
