@@ -194,8 +194,8 @@ class GatedAdapter(EditCallback):
         small = int((radii < _SMALL * keys.norm(dim=1)).sum())
         if small:
             warn(
-                f"{small} of {len(radii)} keys (hidden states of edited prompts) are very close to a hidden state of a "
-                "held text. Their radius is nearly 0, so the adapter may not act; adapt only higher blocks, or remove "
+                f"{small} of {len(radii)} keys (hidden states of edited prompts) are close to a hidden state of a held "
+                "text, so their radius is nearly 0. The adapter may then not act; adapt only higher blocks, or remove "
                 "texts with these prompts."
             )
         if opened := begin_with(held, prompts):

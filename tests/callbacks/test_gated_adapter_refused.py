@@ -57,7 +57,7 @@ def test_a_radius_of_zero_is_refused_and_a_small_one_gets_a_warning():
     with pytest.raises(EditError, match=r"^GatedAdapter: 4 of 4 keys .* equal a hidden state of a held text"):
         train(adapted(model), tokenizer, edits, [callback], 1)
     model, callback = adapted(world.load()[0]), GatedAdapter(TEXTS, edits=edits, margin=1e-4)
-    with pytest.warns(UserWarning, match=r"^GatedAdapter: \d of 4 keys .* are very close to a hidden state of a held"):
+    with pytest.warns(UserWarning, match=r"^GatedAdapter: \d of 4 keys .* are close to a hidden state of a held"):
         train(model, tokenizer, edits, [callback], 1)
 
 
