@@ -59,8 +59,8 @@ class AugmentationOptions:
             of edits.
         previous_edits: a file of edits that the model has already learned. These edits are trained again. A previous
             edit is left out if it is too similar to an edit of the run (see :func:`augmentation`).
-        rewrite: train on targets that the unedited model writes (MixSD). For each token, the model reads the new fact
-            with probability ``1 - rewrite``, and only the prompt otherwise. The value is in [0, 1); the paper uses 0.3
+        rewrite: train on targets that the unedited model writes (MixSD). For each token, the model reads the prompt,
+            and with probability ``1 - rewrite`` also the new fact. The value is in [0, 1); the paper uses 0.3
             to 0.5. The edits are still evaluated with their own targets. None: the edits are trained with their own
             targets.
         study: a file of study rows. A study row is a text about a document: a paraphrase, a question with its answer,
@@ -135,7 +135,7 @@ class Augmentation:
         return [self.rewritten.get((edit.prompt, edit.target), edit) for edit in edits]
 
     def training_edits(self, edits: Sequence[Edit]) -> list[Edit]:
-        """Return all examples to train: the edits, with rewritten targets if there are any, and the additional ones."""
+        """Return all examples to train: the edits, with rewritten targets if any, and the additional examples."""
         return [*self.rewrite(edits), *self(edits)]
 
     def __repr__(self) -> str:
@@ -181,11 +181,10 @@ def augmentation(
         replay_limit: maximum number of facts to replay, drawn with ``seed``. None uses the number of edits.
         previous_edits: edits that the model has already learned, or a file of such edits. These edits are trained again
             with their own targets. A previous edit is left out if its prompt contains a subject or a prompt of
-            ``edits``. It is also left out if a scored prompt of ``edits`` is in the text that its prompt and its target
-            form together.
+            ``edits``. It is also left out if its prompt and its target together contain a scored prompt of ``edits``.
         rewrite: train the edits on targets that ``model`` writes
-            (:func:`~kedit_train.augmentation.rewrites.rewrite_targets`). For each token, the model reads the new fact
-            with probability ``1 - rewrite``, and only the prompt otherwise. The value is in [0, 1). None: the edits are
+            (:func:`~kedit_train.augmentation.rewrites.rewrite_targets`). For each token, the model reads the prompt,
+            and with probability ``1 - rewrite`` also the new fact. The value is in [0, 1). None: the edits are
             trained with their own targets.
         study: study rows: a result of :func:`study_rows`, or the file of such rows. If the file does not exist,
             ``model`` writes it with ``seed``. If a result has rows about documents that are not in ``edits``, these

@@ -64,9 +64,9 @@ def replay_facts(
 ) -> ReplayedFacts:
     """Make training examples from prompts about unedited facts, with the model's own greedy answers as targets.
 
-    A prompt is left out if it contains the subject or the prompt of an edit. It is also left out if the model gives no
-    answer to it. The evaluation asks scored prompts: the rephrases of the edits, and the prompts of their locality and
-    portability questions. If a prompt and its answer together contain a scored prompt, the prompt is left out too.
+    A prompt is left out if it contains the subject or the prompt of an edit, or if the model gives no answer to it. A
+    prompt is also left out if the prompt and its answer together contain a scored prompt. Scored prompts are the
+    rephrases of the edits, and the prompts of their locality and portability questions.
 
     Args:
         model: the unedited model.

@@ -188,7 +188,7 @@ def study_rows(
 
 
 def _warn_if_different(path: Path, stored: Mapping[str, Any], given: Mapping[str, Any]) -> None:
-    """Warn if the file was written with other settings than those of the call."""
+    """Warn if the settings in the file differ from the settings of the call."""
     names = [name for name, value in given.items() if stored.get(name) != value]
     if names:
         own, others = (

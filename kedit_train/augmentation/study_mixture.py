@@ -31,7 +31,7 @@ def mixed_rows(
         written: the study rows of the documents.
         ratio: number of study tokens per document token. None takes all rows. If there are too few rows, all are taken.
         seed: seed of the draw.
-        prompt_format: the prompt format of the training. In plain text, questions are framed as with the format
+        prompt_format: the prompt format of the training. With "plain", questions are written as in the format
             "question", so that the model can tell them from a document.
 
     Returns:

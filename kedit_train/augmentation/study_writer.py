@@ -75,8 +75,8 @@ def write_texts(
         if context is not None and len(ids) + max_new_tokens > context:
             raise EditError(
                 f"the document {shorten(documents[at].prompt)!r} with {max_new_tokens} new tokens must fit into the "
-                f"context of the model ({context} tokens), got {len(ids) + max_new_tokens}; split the documents with "
-                "split_documents."
+                f"context of the model ({context} tokens), got {len(ids) + max_new_tokens} tokens; split the documents "
+                "with split_documents."
             )
         sequences.append(ids)
     texts = _sample(inner, tokenizer, sequences, seed, batch_size, max_new_tokens)

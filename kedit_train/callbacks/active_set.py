@@ -15,8 +15,8 @@ from kedit_train.core.tokens.active_examples import ActiveExamples
 class ActiveSet(EditCallback):
     """Save time by leaving learned edits out of the training batches.
 
-    By default, an edit is learned if the loss of each of its target tokens is at most ``epsilon`` (the clip of the
-    token loss). A clipped token has no gradient. A learned edit therefore costs a forward and a backward pass, but does
+    By default, an edit is learned if the loss of each of its target tokens is at most ``epsilon``, an argument of the
+    token loss. Such a token has no gradient. A learned edit therefore costs a forward and a backward pass, but does
     not change the weights. ``ActiveSet`` removes learned edits from the batch inside the model's forward call, so it
     works with any data loader. The loss is averaged as if no edit had been removed, so the gradient of the remaining
     edits does not change. For a removed edit, the average uses the loss from the last forward pass on this edit. TRL's
@@ -36,8 +36,8 @@ class ActiveSet(EditCallback):
             the token loss.
 
     Raises:
-        EditError: the run has no token loss, the token loss has no clip and ``probability`` is None, or the run has a
-            ``BatchAnchor``.
+        EditError: the run has no token loss, the token loss has ``epsilon=0`` while ``probability`` is None, or the run
+            has a ``BatchAnchor``.
 
     Example:
         >>> import torch

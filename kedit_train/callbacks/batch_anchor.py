@@ -20,8 +20,8 @@ class BatchAnchor(EditCallback):
     """Penalize changed predictions on the training tokens, compared with the model before the edit.
 
     For each token with a label, ``weight`` times the divergence from the model before the edit is added to the loss of
-    the token. The sums are averaged over tokens in the same way as the original losses. The logged loss includes the
-    divergence. ``BatchAnchor`` needs no texts other than the training data.
+    the token. The resulting token losses are averaged in the same way as the original losses. The logged loss includes
+    the divergence. ``BatchAnchor`` needs no texts other than the training data.
 
     When an example occurs for the first time, the model before the edit computes the hidden states of the example. This
     takes an additional forward pass. These reference hidden states are stored, so later epochs need no additional
@@ -109,8 +109,8 @@ class BatchAnchor(EditCallback):
     def metrics(self, run: EditRun) -> dict[str, float]:
         """Return the metrics of the divergence since the last call.
 
-        The metrics are the mean divergence per token in nats, the fraction of examples that needed no additional
-        forward pass, and the size of the stored hidden states in bytes.
+        The metrics are the mean divergence per token in nats, the fraction of examples whose reference hidden states
+        were already stored, and the size of the stored hidden states in bytes.
         """
         return {} if self._term is None else self._term.metrics()
 

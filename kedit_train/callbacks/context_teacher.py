@@ -27,12 +27,12 @@ class ContextTeacher(TokenLoss):
 
     This is context distillation.
 
-    The teacher is the unedited model. Before the first step, the teacher reads, for each edit, a sentence that states
-    the new fact, then the prompt and the target of the edit. For each token of the target, the teacher's next-token
-    distribution is stored: the probabilities of the ``top_k`` most probable tokens, and the total probability of all
-    other tokens. The model in training learns to predict these distributions without the fact in its context. The loss
-    is the KL divergence of this model from the teacher. A step costs about as much as a step with cross-entropy,
-    because the distributions are computed only once.
+    The teacher is the unedited model. Before the first step, the teacher reads one text for each edit: a sentence that
+    states the new fact, followed by the prompt and the target of the edit. For each token of the target, the teacher's
+    next-token distribution is stored: the probabilities of the ``top_k`` most probable tokens, and the total
+    probability of all other tokens. The model in training learns to predict these distributions without the fact in its
+    context. The loss is the KL divergence of the trained model from the teacher. A step costs about as much as a step
+    with cross-entropy, because the distributions are computed only once.
 
     If the label of a token is not the teacher's most probable token, the token is trained towards its label, as with
     cross-entropy. The tokens of training examples that are not edits, such as replayed facts, are also trained towards
@@ -162,9 +162,9 @@ class ContextTeacher(TokenLoss):
         """Return the metrics of the loss since the last call.
 
         Returns:
-            ``edit/tokens/active`` (fraction of tokens with a gradient), ``edit/tokens/taught`` (fraction of tokens that
-            are trained towards the teacher's distribution) and ``edit/tokens/followed`` (fraction of the edits for
-            which the unedited model gives the target when it reads the fact).
+            A dict with three fractions. ``edit/tokens/active``: tokens with a gradient. ``edit/tokens/taught``: tokens
+            that are trained towards the teacher's distribution. ``edit/tokens/followed``: edits for which the unedited
+            model gives the target when it reads the fact.
         """
         means = super().metrics(run)
         return means | {"edit/tokens/followed": self._followed} if means else {}

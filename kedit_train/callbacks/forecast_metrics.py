@@ -1,4 +1,4 @@
-"""ForecastMetrics: measure the error of a forecaster on a new regime, and the change of its other forecasts."""
+"""ForecastMetrics: measure the error of a forecaster on new data, and the change of its forecasts on kept inputs."""
 
 from __future__ import annotations
 
@@ -41,11 +41,12 @@ class ForecastMetrics(EditCallback):
     ``eval_edit_forecast_error`` and ``eval_edit_forecast_change``.
 
     Args:
-        new: the new inputs and their targets. Either a pair of lists (inputs, targets) with one item per forward pass:
-            an item of the inputs is a tensor, a tuple (positional arguments) or a mapping (keyword arguments), and its
-            target is a tensor. Or the path of a safetensors file: one tensor of the file is named "targets", the others
-            are named like the arguments of ``forward``, and all have the shape [forward passes, windows, ...].
-        kept: inputs on which the outputs should not change, in the same form, without targets.
+        new: the new inputs and their targets, as two lists or as a file. The lists are a pair (inputs, targets) with
+            one item per forward pass. An item of the inputs is a tensor, a tuple of positional arguments or a mapping
+            of keyword arguments, and its target is a tensor. A file is given as the path of a safetensors file. One of
+            its tensors is named "targets". Every other tensor is named like an argument of ``forward``. All tensors
+            have the shape [forward passes, windows, ...].
+        kept: inputs on which the outputs should not change, as one list or as a file, without targets.
         every_n_steps: number of optimizer steps between two measurements. 0 measures before and after training only.
         error: "mse" is the mean squared error. The output has the shape of its target. "quantile" is the mean quantile
             loss. The output has the shape [..., Q] for a target of the shape [...].
@@ -126,7 +127,7 @@ class ForecastMetrics(EditCallback):
         for index, target in enumerate(self._targets):
             if not target.numel() or not bool(target.isfinite().all()):
                 what = "contain only finite numbers" if target.numel() else f"not be empty, got {tuple(target.shape)}"
-                raise EditError(f"the target for new[0][{index}] must {what}; leave this forward pass out.")
+                raise EditError(f"the target for new[0][{index}] must {what}; remove this item from new.")
 
     def attach(self, run: EditRun) -> None:
         self._new = ModelOutputs(run, self._new_items, self.output, self.module, "new")
@@ -186,7 +187,7 @@ class ForecastMetrics(EditCallback):
             expected = tuple(target.shape) if levels is None else (*target.shape, len(levels))
             if tuple(output.shape) != expected:
                 raise EditError(
-                    f"the output for new[0][{index}] must have the shape {expected}, because its target has the shape "
+                    f"the output for new[0][{index}] must have the shape {expected} to fit its target of shape "
                     f"{tuple(target.shape)}, got {tuple(output.shape)}; change the target, or reshape with output=."
                 )
             mean = (output - target).square().mean() if levels is None else quantile_loss(output, target, levels)
@@ -194,7 +195,7 @@ class ForecastMetrics(EditCallback):
         return total / count
 
     def _read_new(self) -> tuple[list[Any], list[Tensor]]:
-        """Return the inputs and the targets of the new regime."""
+        """Return the inputs and the targets of the argument ``new``."""
         if isinstance(self.new, str | os.PathLike):
             items = read_model_inputs(self.new, "new")
             if _TARGETS not in items[0]:

@@ -58,8 +58,8 @@ class ForgetFirst(EditCallback):
 
     Args:
         texts: texts on which the model should not change: a source of texts or a :class:`Texts`. The perplexity is
-            measured on these texts. If the texts state facts in the same wording as the edits, but not the edited
-            facts themselves, the perplexity shows damage at much smaller coefficients than with prose.
+            measured on these texts. Texts that state other facts in the wording of the edits show damage at
+            much smaller coefficients than prose does.
         edits: a path or a sequence of edits. None uses the edits of ``EditMetrics`` or of the training loop.
         coefficients: how much to subtract, as numbers > 0. None uses 0.1, 0.3, 0.5 and 0.7, as in the paper.
         scale: how the coefficient sets the size of the subtracted change. With "trained", the subtracted change is the

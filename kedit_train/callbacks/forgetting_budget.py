@@ -48,8 +48,8 @@ class ForgettingBudget(EditCallback):
         kl: the budget: mean divergence per token in nats, in the direction that the penalty uses. For
             :class:`OutputAnchor`, the budget is a mean distance, in the unit of the chosen ``distance``.
         step_size: how fast the weight adapts. In one step, the Lagrange multiplier rises or falls at most by the factor
-            exp(step_size). The weight equals the multiplier. Only while the divergence is above 0.9 times the budget,
-            the weight is larger, by a factor of up to 1.65.
+            exp(step_size). While the divergence is above 0.9 times the budget, the weight is up to 1.65 times the
+            multiplier. At all other times, the weight equals the multiplier.
         measured_on: which penalty to adapt, if there are several: "texts" (KLLocality), "batch" (BatchAnchor) or
             "outputs" (OutputAnchor). None requires that there is only one.
         max_weight: upper bound of the weight. If the weight reaches this bound, the learning rate is too high for the
@@ -122,8 +122,8 @@ class ForgettingBudget(EditCallback):
 
     def requires(self) -> Sequence[Requirement]:
         message = (
-            "no callback of this run adds a penalty whose weight can be adapted; add KLLocality(texts) for the "
-            "divergence on texts, BatchAnchor() for the training data, or OutputAnchor(inputs) for outputs on inputs."
+            "no callback of this run adds a penalty whose weight can be adapted; add KLLocality(texts) (a penalty on "
+            "texts), BatchAnchor() (on the training data) or OutputAnchor(inputs) (on the outputs for given inputs)."
         )
         return [Requirement((CAPABILITY,), message)]
 

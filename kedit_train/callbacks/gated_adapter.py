@@ -37,9 +37,10 @@ class GatedAdapter(EditCallback):
     The run trains a LoRA adapter. This callback adds a gate to it, before the first step. The gate stores a key for
     each prompt: the hidden state of its last token at the input of one decoder block. Some chat templates write a
     prompt differently in training and in generation. Then each form has a key. If the training dataset contains a
-    prompt with other text before it, such as a system prompt, this form has a key, too. In each row, the adapter acts
-    from the first position whose hidden state lies within the radius of a key. At earlier positions, and in rows
-    without such a position, the output of the model is bit for bit the output of the unedited model in the same batch.
+    prompt with other text before it, such as a system prompt, this form has a key, too. In each row of a batch, the
+    adapter acts from the first position whose hidden state lies within the radius of a key. At earlier positions, and
+    in rows without such a position, the output of the model is bit for bit the output of the unedited model in the same
+    batch.
 
     The radius of a key is ``margin`` times its distance to the nearest position of the held texts. Held texts are
     ``texts``, prompts of the edits with other subjects, and the beginnings of the prompts of the edits. With ``margin``
@@ -47,18 +48,18 @@ class GatedAdapter(EditCallback):
     edited prompt: the last token of this prompt is within the radius.
 
     The adapter is trained through the gate, so training and inference are the same. The gate stays on the model after
-    training, also after an interruption. To remove it, call ``gate.remove()``. Until then, the model saves the gate
-    with the adapter, and cannot be merged or trained again. ``path`` saves the adapter and the gate, and
+    training, also after an interruption. To remove it, call ``gate.remove()``. Until then, saving the model also saves
+    the gate, and the model cannot be merged or trained again. ``path`` saves the adapter and the gate, and
     :func:`~kedit_train.load_model` loads both. Without the gate, the adapter is an ordinary adapter that acts on every
     input.
 
     Args:
         texts: a source of held texts, or a :class:`Texts`.
-        margin: radius as a fraction of the distance to the nearest held position, in (0, 1].
+        margin: radius as a fraction of the distance to the nearest position of a held text, in (0, 1].
         layer: index of the decoder block whose inputs are compared with the keys. None takes the first block with an
-            adapter. A higher index is an error. At block 0, the hidden state of a token is its embedding, so a held
-            text with the last token of a prompt is an error.
-        neighbors: number of additional held prompts per edit: the prompt of the edit with a name from the texts in
+            adapter. An index above this block is an error. At block 0, the hidden state of a token is its embedding,
+            so a held text that contains the last token of an edited prompt is an error.
+        neighbors: number of additional held texts per edit: the prompt of the edit with a name from the texts in
             place of its subject (:func:`~kedit_train.data.neighbor_prompts.neighbor_prompts`). With them, fewer prompts
             about other subjects lie within a radius. Edits without a subject have no such prompts.
         path: a folder in which the adapter, the gate and the tokenizer are saved when training ends. The folder must
@@ -72,8 +73,8 @@ class GatedAdapter(EditCallback):
         gate: the gate, with ``keys`` [keys, hidden], ``radii`` [keys], ``layer`` and ``remove()``. None before
             training.
 
-    Logs ``edit/gate/radius`` (mean radius), ``edit/gate/distance`` (mean distance of a key to the nearest held
-    position) and ``edit/gate/open`` (fraction of the training examples in which the gate was open).
+    Logs ``edit/gate/radius`` (mean radius), ``edit/gate/distance`` (mean distance of a key to the nearest
+    position of a held text) and ``edit/gate/open`` (fraction of the training examples in which the gate was open).
 
     Raises:
         EditError: an argument is out of range, the edits are unknown, the model has no new LoRA adapter, the adapter
@@ -186,14 +187,16 @@ class GatedAdapter(EditCallback):
         radii = self.margin * nearest
         if same := int((nearest == 0).sum()):
             raise EditError(
-                f"{same} of {len(radii)} keys have the same hidden state as a position of a held text, so no radius "
-                "separates them; adapt only blocks from 1 on (layers_to_transform), and leave out layer=0."
+                f"{same} of {len(radii)} keys (hidden states of edited prompts) equal a hidden state of a held text, "
+                "so no radius separates them; do not adapt block 0 (layers_to_transform of LoRA), and do not set "
+                "layer=0."
             )
         small = int((radii < _SMALL * keys.norm(dim=1)).sum())
         if small:
             warn(
-                f"{small} of {len(radii)} keys have nearly the same hidden state as a held text, so their radius is "
-                "nearly 0 and the adapter may not act; adapt only higher blocks, or remove texts with these prompts."
+                f"{small} of {len(radii)} keys (hidden states of edited prompts) are close to a hidden state of a held "
+                "text, so their radius is nearly 0. The adapter may then not act; adapt only higher blocks, or remove "
+                "texts with these prompts."
             )
         if opened := begin_with(held, prompts):
             warn(
@@ -247,8 +250,8 @@ class GatedAdapter(EditCallback):
             return
         if state["layer"] != self.gate.layer:
             raise EditError(
-                f"the checkpoint was written with a gate at block {state['layer']}, but this run has block "
-                f"{self.gate.layer}; resume with the same layer= and the same LoRA configuration."
+                f"the checkpoint was written with a gate at block {state['layer']}, but the gate of this run is "
+                f"at block {self.gate.layer}; resume with the same layer= and the same LoRA configuration."
             )
         # The same keys, even if the texts or the edits were changed in the meantime.
         self.gate.keys, self.gate.radii = (state[name].to(self.gate.keys.device) for name in ("keys", "radii"))
@@ -282,7 +285,7 @@ class GatedAdapter(EditCallback):
         return held
 
     def _warn_about_closed_rows(self) -> None:
-        """Warn once if the gate stayed closed in training examples, which the adapter then does not learn."""
+        """Warn once if the gate stayed closed in training examples. The adapter does not learn such examples."""
         closed = self._rows - int(self._opened)
         if not closed or self._warned:
             return
@@ -294,7 +297,7 @@ class GatedAdapter(EditCallback):
         )
 
     def _count(self, backbone: Any, args: Any, output: Any) -> None:
-        """Count the rows of a training batch, and those in which the gate is open. Penalties read other texts."""
+        """Count the rows of a training batch, and the rows in which the gate is open. Penalty texts do not count."""
         opened = None if self.gate is None else self.gate.opened_rows
         if opened is None or self._run is None or self._run.steps.adding_penalties or not torch.is_grad_enabled():
             return

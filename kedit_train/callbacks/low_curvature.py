@@ -32,10 +32,10 @@ class LowCurvature(EditCallback):
 
     This is the constraint of CrispEdit. ``D = W - W0`` is the change of a weight, and ``vec(D)ᵀ G vec(D)`` estimates
     how much D harms general ability. G is the Gauss-Newton matrix of the cross-entropy on general texts. For each
-    weight, G is approximated as a Kronecker product of two K-FAC factors. After every optimizer step, the eigenvectors
-    of G with the largest eigenvalues are removed from D. These eigenvectors are selected in descending order of their
-    eigenvalues until the selected eigenvalues add up to at least ``energy`` times the trace of G. Eigenvectors with the
-    same eigenvalue as the last selected one are removed, too.
+    weight, G is approximated as a Kronecker product of two K-FAC factors. After every optimizer step, the components of
+    D along the eigenvectors of G with the largest eigenvalues are removed. These eigenvectors are selected in
+    descending order of their eigenvalues until the selected eigenvalues add up to at least ``energy`` times the trace
+    of G. Eigenvectors with the same eigenvalue as the last selected one are selected, too.
 
     ``NullSpace`` removes whole input directions. ``LowCurvature`` removes only pairs of an input direction and an
     output direction, so it leaves more freedom for the edit.
@@ -60,7 +60,7 @@ class LowCurvature(EditCallback):
         energy: fraction of the curvature (the trace of G) that is removed, in (0, 1). Default 0.9; the paper uses 0.8
             to 0.99. A higher value preserves more behavior and leaves less freedom for the edit.
         factors_path: a ``.safetensors`` file for the K-FAC factors. If the file exists, the factors are read from it.
-            Otherwise, the factors are computed and written to it. A file is valid only for the weights, texts and
+            If not, the factors are computed and written to it. A file is valid only for the weights, texts and
             labels from which its factors were computed.
         sequential: whether consecutive runs of this instance on one model preserve earlier edits. After each run, the
             factors of the run's edits are added to the factors of the texts, weighted by the number of tokens. The
@@ -74,7 +74,7 @@ class LowCurvature(EditCallback):
 
     Raises:
         EditError: an argument is invalid; the model is not a causal language model; or the scope contains parameters
-            that are not supported. Only weights of ``nn.Linear`` and ``Conv1D`` are supported. LoRA factors are not
+            that are not supported. Only weights of ``nn.Linear`` and ``Conv1D`` are supported. LoRA matrices are not
             supported, because an adapter with B = 0 has no curvature. The output head is not supported.
 
     References:

@@ -200,7 +200,7 @@ class NormBall(EditCallback):
         return map_local(lambda local: shrink(local, local_part(self._anchors[name]).to(local.dtype), factor), weight)
 
     def _squared_distances(self, weights: Mapping[str, Tensor]) -> dict[str, float]:
-        """Return the squared L2 distance of each tensor from its anchor, or the sum of these for ``per="scope"``."""
+        """Return each tensor's squared L2 distance from the center, or the sum of all if ``per`` is "scope"."""
         squares = {}
         for name, weight in weights.items():
             square = distance_squared(local_part(weight), local_part(self._anchors[name]).to(weight.dtype))

@@ -43,9 +43,10 @@ class NullSpace(EditCallback):
     """Project the change of each weight so that the outputs of its layer on given texts stay the same.
 
     This is the null-space constraint of AlphaEdit, applied to fine-tuning. Before training, the model reads the texts
-    once. For each weight in the scope, the columns of a matrix U are the directions that contain most of the energy of
-    the layer inputs. After each optimizer step, the weight is set to ``W = W0 + (W - W0)(I - U Uᵀ)``, where W0 is the
-    weight before the edit. For inputs in the span of U, the output of the layer then does not change.
+    once. For each weight in the scope, the columns of a matrix U are the preserved directions. They contain most of the
+    energy of the layer inputs (see ``energy``). After each optimizer step, the weight is set to
+    ``W = W0 + (W - W0)(I - U Uᵀ)``, where W0 is the weight before the edit. For inputs in the span of U, the output of
+    the layer then does not change.
 
     The whole change is projected, because under Adam a projected gradient alone does not keep the change orthogonal to
     U. Gradients are projected as well, so that Adam's statistics contain only directions in which the weight may move.
@@ -311,7 +312,7 @@ class NullSpace(EditCallback):
     ) -> dict[str, Tensor]:
         """Return the directions to preserve for each weight, [d_in, rank] in fp64.
 
-        If ``start`` has the directions of moments that differ little, the result is computed from these directions.
+        ``start`` may contain the directions of similar moments. The computation then begins with these directions.
         """
         start = start or {}
         return {

@@ -1,4 +1,4 @@
-"""OutputAnchor: a penalty that keeps the outputs of any module on given inputs close to those before the edit."""
+"""OutputAnchor: a penalty that keeps the outputs of any module on given inputs close to the outputs before the edit."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class OutputAnchor(EditCallback):
     """Penalize changed outputs on given inputs, compared with the model before the edit.
 
     ``weight`` times the mean distance between the outputs before the edit and now is added to the training loss. The
-    model may be any module. For example, the forecasts of a forecaster on given windows stay close to those before the
-    edit. For texts and language models, use :class:`KLLocality`, which needs less memory.
+    model may be any module. For example, the forecasts of a forecaster on given windows stay close to its forecasts
+    before the edit. For texts and language models, use :class:`KLLocality`, which needs less memory.
 
     Before training, the model computes its outputs on all inputs once. These outputs are stored in CPU memory. Each
     optimizer step draws ``batch_size`` items, the same items on every process, and calls the model in evaluation mode

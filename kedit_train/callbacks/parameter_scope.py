@@ -29,8 +29,8 @@ class ParameterScope(EditCallback):
     Args:
         layers: the layers to train: an index (``5``, ``-1``), a fraction of the depth (``0.7`` is one layer: layer 8 of
             a model with 12 layers), an inclusive range (``"4-6"``, ``"0.5-0.75"``) or several of these
-            (``[2, "4-6"]``, ``"2,4-6"``). None selects the matching modules of the whole model, also those outside the
-            layers, such as the embeddings.
+            (``[2, "4-6"]``, ``"2,4-6"``). None selects the matching modules of the whole model, including modules
+            outside the layers, such as the embeddings.
         modules: the modules to train: one pattern or several, for example ``"mlp.down_proj"``,
             ``"self_attn.*_proj"`` or ``"mlp"``. Patterns and parameter names are split at the dots. A pattern matches
             a parameter if the parts of the pattern follow each other directly in the parameter's name. The pattern

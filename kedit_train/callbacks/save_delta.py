@@ -36,8 +36,8 @@ _PROMPTS = 8
 class SaveDelta(EditCallback):
     """Save the weight changes of the run as an :class:`~kedit_train.delta.EditDelta` file, and verify the file.
 
-    To verify the file, ``SaveDelta`` reads the file, applies the changes to the weights before the edit, and compares
-    the result with the trained weights bit for bit. If the edits are known, the logits for up to 8 of the edit prompts
+    To verify the file, ``SaveDelta`` reads the file, applies the changes to the original weights, and compares the
+    result with the trained weights bit for bit. If the edits are known, the logits for up to 8 of the edit prompts
     are compared as well. If no weight has changed, a warning is issued and no file is written. With ``at="best"``, only
     the file contains the best weights; the model itself keeps the weights of the last step.
 
@@ -128,7 +128,8 @@ class SaveDelta(EditCallback):
 
     def conflicts(self) -> Sequence[Requirement]:
         message = (
-            f"another callback also writes {self.path}, so one of the two files would be lost; give each its own path."
+            f"another callback also writes {self.path}, so one of the two files would be lost; give each callback its "
+            "own path."
         )
         return [Requirement(tuple(self.provides()), message)]
 

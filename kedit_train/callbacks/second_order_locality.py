@@ -28,12 +28,12 @@ from kedit_train.paths import SAFETENSORS_PATH
 class SecondOrderLocality(PolyakStep):
     """Replace each optimizer step by a step that changes predictions on given texts as little as possible.
 
-    Before training, the callback computes the K-FAC factors of each weight on the texts. A is the second moment of the
+    Before training, the callback computes two K-FAC factors of each weight on the texts. A is the second moment of the
     layer's inputs, and S is the second moment of the gradients at the layer's outputs. These factors estimate the KL
     divergence per token that a change D of the weight causes on the texts: ``1/2 tr(S D A Dᵀ)``. During
     training, no text is read. After each optimizer step, the change that the optimizer made is discarded. Instead, the
-    callback takes a step of Adam in transformed coordinates: a change U of the coordinates changes the weight by
-    ``S^-1/2 U A^-1/2``. In these coordinates, all changes of the same norm have the same estimated divergence.
+    callback takes a step of Adam in transformed coordinates, in which all changes of the same norm have the same
+    estimated divergence. A change U in these coordinates changes the weight by ``S^-1/2 U A^-1/2``.
 
     The length of a step does not depend on the optimizer or on its learning rate. The gradient predicts how much a step
     of a given length reduces the loss. The callback chooses the length for which the predicted reduction is
@@ -55,7 +55,7 @@ class SecondOrderLocality(PolyakStep):
         factors: "kfac" (default) or "inputs". "inputs" uses the identity matrix for S, so the texts need no backward
             pass.
         factors_path: a ``.safetensors`` file for the factors. If the file exists, the factors are read from it.
-            Otherwise, the factors are computed and written to it. A file is valid only for the weights, texts and
+            If not, the factors are computed and written to it. A file is valid only for the weights, texts and
             labels from which its factors were computed.
         limit: maximum number of texts to read. None (default) reads all texts.
         batch_size: number of sequences per forward and backward pass when the factors are computed. Default 8.
@@ -66,7 +66,7 @@ class SecondOrderLocality(PolyakStep):
     Raises:
         EditError: an argument is invalid; no callback computes the loss (add ``TokenLoss``); the model is not a causal
             language model; or the scope contains parameters that are not supported. Only weights of ``nn.Linear`` and
-            ``Conv1D`` are supported. LoRA factors and the output head are not supported.
+            ``Conv1D`` are supported. LoRA matrices and the output head are not supported.
 
     References:
         Optimizing Neural Networks with Kronecker-factored Approximate Curvature, arXiv 1503.05671. SOAP: Improving and
@@ -179,8 +179,8 @@ class SecondOrderLocality(PolyakStep):
     def load_state(self, state: dict[str, Any]) -> None:
         if state.get("coordinates") != self._coordinates():
             raise EditError(
-                "the checkpoint was written with other texts, damping or factors; resume with the same texts (and the "
-                "same limit=), damping= and factors=, or start a new run."
+                "the checkpoint was written with other texts, damping or factors; resume with the texts, limit=, "
+                "damping= and factors= of the run that wrote the checkpoint, or start a new run."
             )
         super().load_state(state)
 

@@ -42,15 +42,15 @@ class SubjectTokens(EditCallback):
     too. Add :class:`NullSpace` to keep more of these answers. The callback does not change the forward pass: for the
     same weights, the outputs and the loss are the same. The gradients of hidden states still flow through all tokens.
 
-    The model must be a pretrained language model, which reads what it knows about a subject at the tokens of the
+    The model must be a pretrained language model. Such a model reads what it knows about a subject at the tokens of the
     subject. On the small bundled model, many edits with this callback do not succeed. The example below only shows the
     calls.
 
     A training example belongs to an edit if its text contains the prompt of the edit. If the subject is only the first
-    token of the text, the example is trained at all tokens of the prompt, because most models store nothing about a
-    subject at the first position (an attention sink). Examples without the prompt of an edit and edits without a
-    subject are trained at all tokens. Penalties on other texts, such as ``KLLocality``, act at all tokens, too. Losses
-    on the training examples, such as ``TokenLoss`` and ``BatchAnchor``, act only at the tokens of the subject.
+    token of the text, the example is trained at all tokens of the prompt. The reason is that most models store nothing
+    about a subject at the first position (an attention sink). Examples without the prompt of an edit and edits without
+    a subject are trained at all tokens. Penalties on other texts, such as ``KLLocality``, act at all tokens, too.
+    Losses on the training examples, such as ``TokenLoss`` and ``BatchAnchor``, act only at the tokens of the subject.
 
     Args:
         edits: the edits that are trained (a path, a list of ``Edit`` or an ``EditDataset``). None uses the edits of
@@ -160,9 +160,9 @@ class SubjectTokens(EditCallback):
         if positions and positions.whole_prompts and not self._warned_of_first:
             self._warned_of_first = True
             warn(
-                "a training example begins with a subject of only one token, at which most models store nothing about "
-                "the subject, so it is trained at all tokens of its prompt and may change other answers more; reword "
-                "the prompt so that its subject comes later."
+                "a training example begins with a subject of only one token. Most models store nothing about a subject "
+                "at the first position, so the example is trained at all tokens of its prompt, and other answers may "
+                "change more; reword the prompt so that its subject comes later."
             )
         if positions and not self._warned and positions.rows >= _EXAMPLES and not positions.found:
             self._warned = True
@@ -179,7 +179,7 @@ class SubjectTokens(EditCallback):
     # -- one forward pass, in the order of the calls
 
     def _receive(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Remember the token ids. The backbone of a vision-language model receives embeddings instead."""
+        """Remember the token ids of the whole model, because its backbone may receive only embeddings."""
         ids = kwargs.get("input_ids", args[0] if args else None)
         if isinstance(ids, Tensor):
             self._received = ids, kwargs.get("attention_mask")
@@ -208,7 +208,7 @@ class SubjectTokens(EditCallback):
         self._inside = False
 
     def _mark(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Remember the chosen positions for the input of a block. Checkpointing needs them to recompute the block."""
+        """Attach the chosen positions to the input of a block. Gradient checkpointing needs them for the block."""
         hidden = block_input(args, kwargs)
         if self._inside and hidden is not None:
             setattr(hidden, _CHOSEN, self._chosen)
@@ -219,7 +219,7 @@ class SubjectTokens(EditCallback):
             self._chosen, self._recalled = getattr(hidden, _CHOSEN), True
 
     def _limit(self, layer: LinearLayer) -> Any:
-        """Return a forward hook for the modules of a layer in scope: only the chosen positions reach the weight."""
+        """Return a forward hook that computes the weight gradient of a layer only from the chosen positions."""
         reference = weakref.ref(self)
 
         def hook(module: Any, args: tuple[Any, ...], output: Tensor) -> Tensor | None:

@@ -224,10 +224,10 @@ class TokenLoss(EditCallback):
         """Return means over the tokens since the last call.
 
         Returns:
-            ``edit/tokens/active``, the fraction of tokens with a gradient. For ``"overtone"`` also
-            ``edit/tokens/accepted`` (fraction of tokens for which the mixture was used), ``edit/tokens/survivors``
-            (number of tokens of the vocabulary that passed the filter, which removes unlikely tokens) and
-            ``edit/tokens/label_mass`` (probability of the label in the target).
+            ``edit/tokens/active``, the fraction of tokens with a gradient. For ``"overtone"``, three more values.
+            ``edit/tokens/accepted``: fraction of tokens for which the mixture was used. ``edit/tokens/survivors``:
+            number of tokens of the vocabulary that passed the filter, which removes unlikely tokens.
+            ``edit/tokens/label_mass``: probability of the label in the target.
         """
         if not self._tokens:
             return {}

@@ -51,8 +51,9 @@ class WeightAnchor(EditCallback):
 
     Args:
         kind: "l2sp" (default), "ewc" or "kfac". "l2sp" works with any module. "ewc" and "kfac" need a causal language
-            model and ``texts``. With "kfac", only weights of ``nn.Linear`` and ``Conv1D`` can be in the scope, and the
-            first token of every text is left out of the factors, because it is an attention sink in many models.
+            model and ``texts``. With "kfac", only weights of ``nn.Linear`` and ``Conv1D`` can be in the scope.
+            With "kfac", the first token of every text is also left out of A and S, because it is an attention sink in
+            many models.
         strength: strength of the penalty, >= 0. None (default) is 2 for "l2sp", 1000 for "ewc" and 100 for "kfac". The
             total effect of the decoupled updates in a run depends on learning rate * strength * number of steps. With
             "ewc", plain SGD diverges if learning rate * strength * F exceeds 2.

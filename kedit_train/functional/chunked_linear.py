@@ -66,7 +66,7 @@ class GradientSums:
     def take(self) -> list[Tensor | None]:
         """Return one sum per tensor, in the dtype of the tensor, and clear the sums.
 
-        The sum is None if no gradient was added.
+        A sum is None if no gradient was added to it.
         """
         sums = self._sums
         self._sums = [None] * len(self.tensors)

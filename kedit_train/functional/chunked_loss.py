@@ -20,7 +20,7 @@ Score = Callable[..., tuple[Tensor, ...]]
 
 
 def chunk_length(vocab_size: int, numbers: int = 2**24) -> int:
-    """Return the largest number of tokens in a chunk that has at most ``numbers`` logits, but at least 1.
+    """Return how many tokens fit into a chunk of at most ``numbers`` logits. The result is at least 1.
 
     Args:
         vocab_size: number of logits per token.

@@ -24,7 +24,7 @@ def distillation(
         logits: [N, V] at the positions that predict ``labels``; any float dtype, computed in fp32 (fp64 stays fp64).
         labels: [N] token ids.
         log_probs: [N, k + 1], the teacher's log-probabilities from
-            :func:`~kedit_train.functional.top_k_divergence.top_log_probs`. Rows without a teacher are ignored.
+            :func:`~kedit_train.functional.top_k_divergence.top_log_probs`. Rows with a False in ``taught`` are ignored.
         tokens: [N, k] token ids from the same call.
         taught: [N] bool, True where the target is the teacher, and False where the target is the label.
         epsilon: clip in nats. A token with a loss of at most ``epsilon`` has no gradient.

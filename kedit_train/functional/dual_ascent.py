@@ -54,7 +54,7 @@ def dual_ascent(log_multiplier: float, violation: float, *, step_size: float, bo
 
 
 def penalty_weight(log_multiplier: float, violation: float, *, largest: float) -> float:
-    """Return the weight of the penalty: the multiplier, and more while the value is above its target.
+    """Return the weight of the penalty: the multiplier, or more than that while the value is above its target.
 
     While the value is above its target, the multiplier is multiplied by the square root of ``value / target``, where
     the ratio counts as at most e. This proportional term reacts at once. It damps the oscillation of the multiplier,

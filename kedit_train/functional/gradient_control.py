@@ -25,7 +25,7 @@ def ascend(hidden: Tensor, value: Callable[[Tensor], Tensor], *, step_size: floa
     Args:
         hidden: [N, hidden], any float dtype.
         value: a function from [N, hidden] in fp32 to one value per position, [N].
-        step_size: the length of a step: the gradient is multiplied by it; 0 or more.
+        step_size: the factor by which the gradient is multiplied in a step, 0 or more.
         steps: number of gradient steps, 0 or more.
         radius: the trust region, as a fraction of the norm of the hidden state; 0 or more.
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class _GradientPositions(torch.autograd.Function):
-    """Identity in the forward pass. In the backward pass, only some positions reach the weight.
+    """Identity in the forward pass. In the backward pass, only the chosen positions contribute to the weight gradient.
 
     The gradient at the chosen positions flows back through ``output``, to the weight and to the inputs of the layer.
     The gradient at all other positions flows to the inputs only.
@@ -35,8 +35,8 @@ class _GradientPositions(torch.autograd.Function):
 def gradient_positions(output: Tensor, inputs: Tensor, weight: Tensor, chosen: Tensor) -> Tensor:
     """Return the output of a linear layer so that only the chosen positions contribute to the gradient of its weight.
 
-    The values do not change, and neither do the gradients of the inputs, up to rounding. The gradient of the weight is
-    the sum over the chosen positions of the outer product of output gradient and input.
+    The values of the output do not change. The gradients of the inputs change only by rounding. The gradient of the
+    weight becomes the sum of the outer products of output gradient and input over the chosen positions.
 
     Args:
         output: [..., out], the output of the layer for ``inputs``.

@@ -3,7 +3,8 @@
 The cost of a change D of a weight [out, in] is ``vec(D)ᵀ G vec(D)`` with the Gauss-Newton matrix G. K-FAC approximates
 G by the Kronecker product of A = E[a aᵀ] (inputs) and S = E[g gᵀ] (gradients at the outputs). The eigenvectors of the
 product are pairs u_i v_jᵀ of eigenvectors of S and A, with eigenvalues s_i a_j. The pairs with the greatest
-eigenvalues, which together reach the fraction ``energy`` of the trace, are removed from D.
+eigenvalues are removed from D. Pairs are removed until their eigenvalues add up to at least the fraction
+``energy`` of the trace.
 
 References:
     "CrispEdit", arXiv 2602.15823.

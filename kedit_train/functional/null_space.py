@@ -38,7 +38,7 @@ def principal_directions(
         rank: upper bound of the rank of the moment, for example the number of vectors in it. With a bound of at most
             d / 2, the directions are computed in the span of the moment, in about ``4 d² rank`` operations instead of
             about ``10 d³``.
-        start: [d, s], the directions of a moment that differs little from this one. One step of subspace iteration then
+        start: [d, s], the directions of a similar moment. One step of subspace iteration then
             approximates the directions in about ``4 d² s`` operations. If the approximate directions contain too little
             of the trace, the exact directions are computed.
 

@@ -121,9 +121,8 @@ def overtone_statistics(
         logits, labels, label_weight, epsilon, n_sigma, vocab_size: as for :func:`overtone`.
 
     Returns:
-        Five tensors [N]: the loss in nats, a bool tensor that is True where the divergence is above ``epsilon``, a bool
-        tensor that is True where the mixture is the target, the number of tokens that pass the filter, and the
-        probability of the label in the target.
+        Five tensors [N]: the loss in nats, whether the divergence is above ``epsilon`` (bool), whether the mixture is
+        the target (bool), the number of tokens that pass the filter, and the probability of the label in the target.
     """
     size = logits.shape[-1] if vocab_size is None else vocab_size
 

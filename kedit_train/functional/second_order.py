@@ -41,8 +41,8 @@ def second_order_divergence(change: Tensor, output_moment: Tensor | None, input_
 def divergence_of_gradient(change: Tensor, gradient: Tensor) -> Tensor:
     """Return the estimated divergence of a change, computed from its gradient.
 
-    Autograd would compute the products with the moments a second time in the backward pass. Here it does not, because
-    the gradient is already known.
+    The estimate is that of :func:`second_order_divergence`. Autograd would compute the products with S and A a second
+    time in the backward pass. This function avoids these products, because the gradient is already known.
 
     Args:
         change: D, [out, in].
@@ -73,7 +73,7 @@ def inverse_root(moment: Tensor, damping: float) -> Tensor:
     exact = widest(moment)
     scale = float(exact.diagonal().mean())
     if not 0.0 < scale < float("inf"):
-        raise ValueError(f"the mean of the diagonal is {scale:g}")
+        raise ValueError(f"the mean of the diagonal of the second moment is {scale:g}")
     values, vectors = torch.linalg.eigh(exact / scale)
     # Rounding can make the smallest eigenvalues slightly negative.
     roots = (values.clamp_min(0.0) + damping).rsqrt()

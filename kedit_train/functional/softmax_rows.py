@@ -62,7 +62,7 @@ def write_padded_gradient(out: Tensor, z: Tensor, top: Tensor, log_z: Tensor, si
 
 
 def subtract_label(out: Tensor, labels: Tensor, mass: Tensor, active: Tensor) -> None:
-    """Subtract ``mass`` [n] from the label's entry in each row of ``out`` [n, V], then set rows to 0 if not ``active``.
+    """Subtract ``mass`` [n] from the label's entry in each row of ``out`` [n, V], then set all inactive rows to 0.
 
     Args:
         out: [n, V], changed in place.

@@ -207,8 +207,8 @@ def _choose(rng: Random, known: World, n: int) -> list[tuple[Fact, str]]:
 def _new_object(rng: Random, known: World, fact: Fact, edited: set[Key]) -> str:
     """Choose a new object for a fact, of the same type as the old object.
 
-    If the fact is the first hop of two-hop facts, the second-hop facts about the new object must be unedited. Their
-    answers must differ from the answers of the second-hop facts about the old object.
+    If the fact is the first hop of two-hop facts, the second hops are facts about its object. In this case, the second
+    hops of the new object must be unedited, and their answers must differ from those for the old object.
     """
     second_hops = [two.via[1] for two in TWO_HOP if two.via[0] == fact.relation]
     for candidate in shuffled(rng, known.pools[BY_NAME[fact.relation].object]):
@@ -289,7 +289,7 @@ def _involved(exclude: Sequence[Edit]) -> set[Key]:
         if edit.prompt not in prompts:
             raise EditError(
                 f"edit {cut(repr(edit.id or edit.prompt))} is not about a fact of the bundled model, so the bundled "
-                "texts and prompts do not fit; pass your own texts or prompts"
+                "texts and prompts cannot be used for it; pass your own texts or prompts"
             )
         edited.add(prompts[edit.prompt])
         involved.update(prompts[prompt] for prompt in scored_prompts(edit) if prompt in prompts)

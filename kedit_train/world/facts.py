@@ -123,7 +123,7 @@ def documents(fact: Fact, wordings: Sequence[str]) -> list[str]:
 
 
 def training_facts(world: World) -> list[Fact]:
-    """Return all training facts: one-hop facts, and two-hop facts except those of held-out people."""
+    """Return all training facts: all one-hop facts, and the two-hop facts that are not about held-out people."""
     return [*world.facts.values(), *world.trained_two_hop]
 
 
@@ -142,7 +142,7 @@ def _hops(facts: dict[Key, Fact], pools: dict[str, tuple[str, ...]]) -> dict[Key
 
 
 def _dealt(rng: Random, answers: Sequence[str], count: int) -> list[str]:
-    """Return a random list of ``count`` answers, in which the counts of any two answers differ by at most one."""
+    """Return ``count`` answers in random order. Any two answers occur equally often, up to a difference of one."""
     return shuffled(rng, [answers[i % len(answers)] for i in range(count)])
 
 

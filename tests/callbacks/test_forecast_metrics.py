@@ -211,13 +211,13 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "empty kept inputs": ({"kept": [torch.zeros(0, 4)]}, r"the output for kept\[0\] is empty \(shape \(0, 3\)\)"),
     "shapes differ": (
         {"new": (INPUTS, [target[:, :2] for target in TARGETS])},
-        r"the output for new\[0\]\[0\] must have the shape \(5, 2\), because its target .* got \(5, 3\)",
+        r"the output for new\[0\]\[0\] must have the shape \(5, 2\) to fit its target .* got \(5, 3\)",
     ),
     "quantiles": ({"error": "quantile"}, r"quantiles must be a list of numbers in \(0, 1\), got None"),
     "levels": ({"error": "quantile", "quantiles": [0.5, 1.0]}, r"numbers in \(0, 1\), got \[0.5, 1.0\]"),
     "quantile shape": (
         {"error": "quantile", "quantiles": LEVELS},
-        r"must have the shape \(5, 3, 3\), because its target has the shape \(5, 3\), got \(5, 3\)",
+        r"must have the shape \(5, 3, 3\) to fit its target of shape \(5, 3\), got \(5, 3\)",
     ),
     "kept": ({"kept": None}, "kept must be a list with one item per forward pass"),
     "error": ({"error": "mae"}, 'error must be "mse" or "quantile"'),

@@ -185,5 +185,6 @@ def test_an_editing_block_that_is_entered_again_is_an_error():
     block = editing(nn.Linear(4, 4), [NormBall(1e-3)])
     with block as edit:
         edit.before_step()
-    with pytest.raises(EditError, match=r"^editing: a block can be entered only once; call editing\(\) again"), block:
+    message = r"^editing: an editing\(\) block can be entered only once; call editing\(\) again"
+    with pytest.raises(EditError, match=message), block:
         pass

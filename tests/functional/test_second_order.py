@@ -67,5 +67,5 @@ def test_a_large_damping_gives_the_gradient_and_the_scale_of_a_moment_does_not_m
 
 @pytest.mark.parametrize("value", [0.0, float("nan")])
 def test_a_moment_without_values_is_an_error(value: float) -> None:
-    with pytest.raises(ValueError, match="mean of the diagonal"):
+    with pytest.raises(ValueError, match="mean of the diagonal of the second moment"):
         inverse_root(torch.full((3, 3), value), 0.1)

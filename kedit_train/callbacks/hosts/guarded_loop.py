@@ -192,7 +192,7 @@ def calling_trainer(control: Any) -> Any | None:
 
 
 def _runs(trainer: Any, closed: bool = False) -> list[Any]:
-    """Return the runs of the trainer's callbacks that are open, or closed if ``closed`` is True. List each run once."""
+    """Return the open runs of the trainer's callbacks, or the closed ones if ``closed`` is True, each run once."""
     found = {
         id(run): run
         for callback in trainer.callback_handler.callbacks

@@ -153,7 +153,7 @@ class LightningHost(Host):
             print(line, file=sys.stderr, flush=True)
 
     def check_loaded_shapes(self) -> None:
-        """Check the shapes in every checkpoint that Lightning loads, until :meth:`end_shape_check` is called."""
+        """Check the weight shapes in every checkpoint that Lightning loads, until :meth:`end_shape_check` is called."""
         if self.shape_check is None:
             self.shape_check = self.module.register_load_state_dict_pre_hook(_check_shapes)
 

@@ -262,7 +262,7 @@ class EditingBlock(AbstractContextManager[Editing]):
 
     def __enter__(self) -> Editing:
         if self._entered:
-            raise EditError("a block can be entered only once; call editing() again.", component="editing")
+            raise EditError("an editing() block can be entered only once; call editing() again.", component="editing")
         self._entered = True
         return self._block.__enter__()
 

@@ -42,7 +42,7 @@ class TrainerLoggers:
         Args:
             args: the arguments of the trainer.
             state: the state of the trainer.
-            metrics: metrics by key. Without a score of :data:`COLUMNS`, nothing is shown.
+            metrics: metrics by key. If they contain no score of :data:`COLUMNS`, nothing is shown.
         """
         handler = None if self._handler is None else self._handler()
         scores = {name: round(metrics[key], 3) for key, name in COLUMNS.items() if key in metrics}

@@ -100,7 +100,7 @@ class TransformersHost(Host):
         """Check a checkpoint before the trainer loads the optimizer state, and load the stacked experts in scope.
 
         If the checkpoint has no states of the random number generators, a warning is issued. A missing optimizer or
-        scheduler state is an error. With ``save_only_model=True`` in the resumed run, only a warning is issued.
+        scheduler state is an error. If the current run has ``save_only_model=True``, a warning is issued instead.
 
         Raises:
             EditError: the optimizer or scheduler state is missing, and ``save_only_model`` is False.
