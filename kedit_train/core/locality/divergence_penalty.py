@@ -22,7 +22,7 @@ class DivergencePenalty:
     writes ``weight``.
 
     Args:
-        measured_on: "texts", "batch" or "outputs".
+        measured_on: where the divergence is measured: "texts", "batch" or "outputs".
         weight: the weight at the start of the run.
 
     Attributes:
@@ -39,7 +39,7 @@ class DivergencePenalty:
     def observe(self, divergence: Tensor) -> None:
         """Record the divergence [N] of each token in nats, not multiplied by ``weight``.
 
-        :class:`OutputAnchor` records the distance [N] of each output, in the unit of its distance.
+        For :class:`OutputAnchor`, ``divergence`` is the distance [N] of each output, in the unit of this distance.
         """
         if self.adapted:
             self._sum = self._sum.to(divergence.device) + divergence.detach().sum(dtype=torch.float32)

@@ -16,7 +16,7 @@ from kedit_train.errors import warn
 
 
 def neighbor_texts(run: EditRun, texts: Texts, n: int) -> Texts | None:
-    """Return the prompts of the run's edits with names from the texts in place of their subjects.
+    """Return the prompts of the run's edits, with each subject replaced by names from the texts.
 
     A warning is issued if no prompt could be made, or if some edits have no prompts.
 
