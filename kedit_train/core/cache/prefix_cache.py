@@ -57,8 +57,8 @@ class FrozenPrefix:
         recheck: after this number of batches with skipped layers, all layers run for one batch, and the output of the
             frozen layers for that batch is compared with the store. 0 disables the comparison.
         ignores_padding: function that returns True if nothing reads the hidden states of padding in the current
-            forward pass. It is used only for forward passes without labels. Otherwise, the labels show whether the loss
-            reads these hidden states.
+            forward pass. It is called only for forward passes without labels. If there are labels, they show whether
+            the loss reads the hidden states of padding.
 
     Attributes:
         active: the hooks do nothing until this is True.

@@ -31,7 +31,7 @@ def map_local(function: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
 
 
 def has_whole_rows(matrix: Tensor) -> bool:
-    """Return whether this process stores complete rows of a matrix. True if the matrix is not sharded."""
+    """Return whether this process stores complete rows of a matrix. Also True if the matrix is not sharded."""
     return not isinstance(matrix, DTensor) or not any(p.is_shard() and not p.is_shard(0) for p in matrix.placements)
 
 

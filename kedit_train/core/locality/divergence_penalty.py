@@ -17,7 +17,7 @@ CAPABILITY = "divergence_penalty"
 class DivergencePenalty:
     """The weight of a penalty on a divergence, and the divergence that was measured since the last step.
 
-    The callback that adds the penalty reads ``weight`` in every step and reports what it has measured with
+    The callback that adds the penalty reads ``weight`` in every step and passes its measurements to
     :meth:`observe`. A callback that adapts the weight sets ``adapted``, reads the measurements with :meth:`take` and
     writes ``weight``.
 
