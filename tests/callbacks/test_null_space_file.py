@@ -70,7 +70,9 @@ def test_other_texts_are_refused(make, words, ids, tmp_path):
         trained(model, words, ids, NullSpace(TEXTS[:2], factors_path=path))
     with pytest.raises(EditError, match=r"no statistics of gradients, because it was written by NullSpace or with"):
         trained(model, words, ids, LowCurvature(TEXTS, factors_path=path))
-    with pytest.raises(EditError, match=r"was computed by another callback, which handles the first tokens of texts"):
+    with pytest.raises(
+        EditError, match=r"factors were computed by another callback, which handles the first tokens of texts"
+    ):
         trained(model, words, ids, TokenLoss(), SecondOrderLocality(TEXTS, factors_path=path))
     with (
         editing(
