@@ -22,7 +22,7 @@ def writing(path: str | os.PathLike[str]) -> Iterator[Path]:
 
     If the block raises an error, the hidden folder is removed. If the process is killed, the hidden folder remains, and
     may contain temporary files that the safetensors library wrote. The next call for the same path in the same
-    container removes this folder. A call in another container removes it when it has not changed for a day.
+    container removes this folder. A call in another container removes it if it has not changed for a day.
 
     Several threads and processes may write the same path. Each call writes a complete file, and the file of the call
     that ends last remains.

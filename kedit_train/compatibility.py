@@ -39,10 +39,10 @@ def sft_reads_logits(args: Any) -> bool:
 
 
 def checkpoint_without_reentry(args: Any) -> None:
-    """Choose non-reentrant activation checkpointing, the default of transformers 5, unless the user chose a kind.
+    """Choose non-reentrant activation checkpointing, unless the user has chosen a kind of checkpointing.
 
-    The default of transformers 4 is reentrant checkpointing. It computes no gradients if the first layers are frozen,
-    and ``ParameterScope`` usually freezes them.
+    Non-reentrant checkpointing is the default of transformers 5. The default of transformers 4 is reentrant
+    checkpointing, which computes no gradients if the first layers are frozen. ``ParameterScope`` usually freezes them.
 
     Args:
         args: the training arguments of a ``transformers.Trainer``.
@@ -52,7 +52,7 @@ def checkpoint_without_reentry(args: Any) -> None:
 
 
 def rescaled_dare(dare: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a version of PEFT's ``dare_linear`` that divides the entries that it keeps by the density.
+    """Return a version of PEFT's ``dare_linear`` that divides the kept entries by the density.
 
     PEFT before 0.19 computes this quotient, but returns the entries without the division.
 

@@ -39,7 +39,7 @@ class EditError(ValueError):
 
 @contextmanager
 def reported_by(component: str) -> Iterator[None]:
-    """Context manager: put ``component`` in front of every :class:`EditError` and :func:`warn` in the block.
+    """Context manager: put ``component`` in front of every :class:`EditError` and :func:`warn` message.
 
     An error that already has a component keeps that component.
 

@@ -15,7 +15,8 @@ from kedit_train.quantized_layers import PackingGuard
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Context manager: put every module into evaluation mode, and restore the previous modes at the end.
 
-    4-bit layers of bitsandbytes keep their gradient.
+    In evaluation mode, bitsandbytes may convert its 4-bit layers to a form without gradients. This function prevents
+    the conversion.
     """
     packing = PackingGuard(model)
     modes = [(m, m.training) for m in model.modules()]

@@ -66,10 +66,10 @@ def has_ended(name: str) -> bool | None:
 def remove_abandoned(folders: Iterable[Path], *, at_once: str = "") -> None:
     """Remove temporary folders whose owner has ended.
 
-    A folder is kept while its owner is known to be running. If the owner has ended, the folder is removed at once when
-    its name begins with ``at_once``, and otherwise when it has not changed for a day. If the owner is unknown (for
-    example, because the folder was created in another container, on another host, or by an older version of this
-    package), the folder is also removed when it has not changed for a day.
+    A folder is kept while its owner is known to be running. If the owner has ended and the name of the folder begins
+    with ``at_once``, the folder is removed at once. If the owner has ended and the name begins differently, the folder
+    is removed only if it has not changed for a day. This last rule also applies if the owner is unknown, for example
+    because the folder was created in another container, on another host, or by an older version of this package.
 
     Args:
         folders: the temporary folders.

@@ -85,7 +85,7 @@ def load_model(name: str, *, dtype: str = "float32", trust_remote_code: bool = F
 
 
 def _auto_class(name: str, trust_remote_code: bool) -> Any:
-    """Return ``AutoModelForImageTextToText`` for vision-language models, and else ``AutoModelForCausalLM``."""
+    """Return ``AutoModelForImageTextToText`` for a vision-language model, else ``AutoModelForCausalLM``."""
     import transformers
 
     config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)

@@ -3,8 +3,8 @@
 On a CPU with AVX512-BF16 instructions, ``bitsandbytes.nn.Linear4bit`` packs its weights for a faster kernel at the
 first forward pass in evaluation mode that needs no gradient. From then on, the layer uses this kernel for every call,
 also in training mode, although the kernel has no gradient with respect to the input of the layer (bitsandbytes 0.50).
-The gradients of LoRA factors below such a layer are then missing. If a residual connection passes by the layer, they
-are wrong, and no error is raised.
+The gradients of LoRA factors below such a layer are then missing. If a residual connection bypasses the layer, these
+gradients are wrong instead, and no error is raised.
 """
 
 from __future__ import annotations

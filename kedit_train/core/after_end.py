@@ -23,6 +23,6 @@ def check_after_end(run: Any) -> None:
         warn(
             f"other code has changed {name} after the edit had ended. The new weights may break the constraints of the "
             "edit. The delta file and the scores describe the weights before this change. A possible cause is a "
-            "callback that writes averaged weights when training ends; put this callback before the callbacks of "
-            "kedit_train, or remove this callback."
+            "callback that writes averaged weights when training ends; put that callback before the callbacks of "
+            "kedit_train, or remove it."
         )

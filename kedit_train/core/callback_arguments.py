@@ -28,7 +28,7 @@ def callback_arguments(callbacks: Iterable[Any]) -> dict[str, dict[str, Any]]:
     object by the name of its class.
 
     Args:
-        callbacks: instances of callbacks. The arguments are read from the attributes of the same names.
+        callbacks: instances of callbacks. The value of an argument is read from the attribute with the same name.
 
     Returns:
         A dict from the name of the class to a dict from argument to value. If there are several callbacks of one class,

@@ -18,7 +18,7 @@ def check_gradients(run: RunState, penalized: bool = False) -> None:
 
     A gradient of zeros is allowed: the model may already give the new answers. However, a penalty on the weights gives
     each parameter a gradient of zeros at the first step, whether or not the loss has a gradient. With a penalty, zeros
-    are therefore an error, unless a token loss with a clip or the trainer's own loss may explain them.
+    are therefore an error, except with a token loss that ignores learned tokens or in a trainer with its own loss.
 
     Experts are not checked, because the tokens of a batch may all be routed to other experts.
 
@@ -53,7 +53,7 @@ def check_gradients(run: RunState, penalized: bool = False) -> None:
 
 
 def _are_zeros(run: RunState, gradients: list[Tensor]) -> bool:
-    """Return whether all gradients are zero, and neither a callback nor the trainer may be the reason."""
+    """Return True if all gradients are zero, and no token loss and no loss of the trainer can be the reason."""
     if any("token_clip" in callback.provides() for callback in run.callbacks) or run.host.loss_unsupported_reason():
         return False
     return not any(isinstance(g, DTensor) or bool(g.any()) for g in gradients)

@@ -66,7 +66,9 @@ class PenaltyBalance:
             self._penalties.append(penalty.detach())
 
     def after_step(self, advice: str) -> None:
-        """Warn once if the mean penalty is larger than the mean training loss after 5, 10 or 20 steps.
+        """Compare the mean penalty with the mean training loss after 5, 10 and 20 steps.
+
+        If the mean penalty is larger, a warning is issued, and later calls do nothing.
 
         Args:
             advice: what the user can do. The warning ends with this text.

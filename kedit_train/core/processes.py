@@ -38,7 +38,7 @@ def check_launcher(environment: Mapping[str, str] | None = None) -> None:
 
     On CPUs, ``accelerate launch --num_processes 2`` starts the script once (accelerate 1.15), unless ``--multi_gpu`` or
     an MPI host file is given. The trainer then trains in one process without any message. Accelerate passes no number
-    of processes to the script. It only sets ``MASTER_ADDR`` if the number is above 1.
+    of processes to the script. However, it sets ``MASTER_ADDR`` if the number is above 1.
 
     Args:
         environment: environment variables; ``os.environ`` by default.
@@ -55,6 +55,6 @@ def check_launcher(environment: Mapping[str, str] | None = None) -> None:
     if requested and not is_distributed() and not any(name in variables for name in _SIZES):
         raise EditError(
             "accelerate launch was asked for several processes but started one, as it does on CPUs; use torchrun "
-            "--nproc-per-node N (with use_cpu=True in the training arguments), or --num_processes 1 without "
-            "MASTER_ADDR in the environment."
+            "--nproc-per-node N (with use_cpu=True in the training arguments), or pass --num_processes 1 and remove "
+            "MASTER_ADDR from the environment."
         )

@@ -22,7 +22,7 @@ _LOCAL = ("show", "edits", "license", "path", "dir")
 
 @contextmanager
 def agreeing_processes(run: RunState) -> Iterator[None]:
-    """Context manager: after the block, raise an error in every process if the processes differ.
+    """Context manager: after the ``with`` block, raise an error in every process if the processes differ.
 
     The arguments of the callbacks, the weights in scope and the weights before the edit are compared. If the block
     raises an error in one process, an error is raised in every process, so that no process waits for another one.
@@ -85,7 +85,7 @@ def _compare_callback(name: str, number: int, first: dict[str, Any] | None, othe
         if (first or other or {})["trains"]:
             raise EditError(
                 f"every process must use the same callbacks, but only process {number if first is None else 0} uses "
-                "this one; pass the same callbacks in every process.",
+                "this callback; pass the same callbacks in every process.",
                 component=component,
             )
         return

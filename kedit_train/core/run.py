@@ -77,8 +77,8 @@ class EditRun(RunState):
             host: the interface of the training loop.
 
         Raises:
-            EditError: ``callback`` is a class and not an instance, its class may be used only once per model and is
-                already in use, its ``prepare`` method fails, or the model is being edited by another training loop.
+            EditError: ``callback`` is not an instance, a class that may be used only once per model is already in use,
+                ``callback.prepare`` fails, or the model is being edited by another training loop.
         """
         if isinstance(callback, type):
             name = callback.__name__

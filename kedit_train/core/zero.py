@@ -131,10 +131,9 @@ class ZeroSteps:
 
 
 def _moves_to_end(parameter: Any, keys: list[int]) -> Any:
-    """Return a hook that moves the hooks with these keys to the end.
+    """Return a hook that moves the hooks of DeepSpeed, which have these keys, to the end.
 
-    These are the hooks of DeepSpeed. They must run last, so that DeepSpeed reads the gradients after all callbacks have
-    changed them.
+    The hooks of DeepSpeed must run last, so that DeepSpeed reads the gradients after all callbacks have changed them.
     """
 
     def move(_: Tensor) -> None:

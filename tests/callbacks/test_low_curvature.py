@@ -125,7 +125,9 @@ def test_a_file_of_factors_is_refused_for_another_model_and_other_texts(make, wo
     torch.manual_seed(0)
     model = make("llama")
     start(model, TEXTS)
-    with pytest.raises(EditError, match=r"LowCurvature: .* does not fit this run: it was computed with other texts"):
+    with pytest.raises(
+        EditError, match=r"LowCurvature: .* does not fit this run: its factors were computed with other texts"
+    ):
         start(model, TEXTS[:-1])
     # The weights in scope are the same, but a layer below them is not.
     with torch.no_grad():

@@ -66,11 +66,13 @@ def test_second_order_steps_with_input_moments_read_their_file(make, words, ids,
 def test_other_texts_are_refused(make, words, ids, tmp_path):
     model, path = make("llama"), tmp_path / "statistics.safetensors"
     trained(model, words, ids, NullSpace(TEXTS, factors_path=path))
-    with pytest.raises(EditError, match="it was computed with other texts, another limit or another seed"):
+    with pytest.raises(EditError, match="its factors were computed with other texts, another limit or another seed"):
         trained(model, words, ids, NullSpace(TEXTS[:2], factors_path=path))
     with pytest.raises(EditError, match=r"no statistics of gradients, because it was written by NullSpace or with"):
         trained(model, words, ids, LowCurvature(TEXTS, factors_path=path))
-    with pytest.raises(EditError, match=r"was computed by another callback, which handles the first tokens of texts"):
+    with pytest.raises(
+        EditError, match=r"factors were computed by another callback, which handles the first tokens of texts"
+    ):
         trained(model, words, ids, TokenLoss(), SecondOrderLocality(TEXTS, factors_path=path))
     with (
         editing(

@@ -115,7 +115,9 @@ def test_evaluation_during_training_gives_the_same_losses() -> None:
 def test_packed_sequences_are_computed_in_full_and_noise_is_an_error() -> None:
     packed = {"packing": True, "max_length": 64, **IN_ORDER}
     plain = run("SFTTrainer", steps=3, **packed)
-    with pytest.warns(UserWarning, match=r"computed in full, without the cache: position_ids restart .*\(packing"):
+    with pytest.warns(
+        UserWarning, match=r"computed in full, without the cache, because position_ids restart .*\(packing"
+    ):
         cached = run("SFTTrainer", PrefixCache(), steps=3, **packed)
     assert same(plain, cached)
     assert cached["rates"] == []

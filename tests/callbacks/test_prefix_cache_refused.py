@@ -175,7 +175,9 @@ def test_a_loop_that_compiles_the_model_gets_a_warning() -> None:
 def test_a_batch_whose_sequences_cannot_be_identified_is_computed_in_full(change: Any, reason: str) -> None:
     inputs = {**batch(), **change(batch())}
     plain = train(build(), [scope()], [inputs])
-    with pytest.warns(UserWarning, match=rf"^PrefixCache: a batch is computed in full, without the cache: .*{reason}"):
+    with pytest.warns(
+        UserWarning, match=rf"^PrefixCache: a batch is computed in full, without the cache, because .*{reason}"
+    ):
         cached = train(build(), [scope(), PrefixCache()], [inputs])
     assert same(plain, cached)
     assert cached[2][-1]["edit/cache/bypassed"] == 3

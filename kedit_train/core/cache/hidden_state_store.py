@@ -127,8 +127,8 @@ class HiddenStateStore:
     def _touch(self) -> None:
         """Set the directory's modification time to now, so that no other process removes the directory.
 
-        A process in another container or on another host cannot see that this process is running. Such a process
-        removes the directory if the modification time of the directory is more than a day ago.
+        A process in another container or on another host cannot see that this process is running. The other
+        process removes the directory if the modification time of the directory is more than a day ago.
         """
         if self._directory is not None and time.time() - self._touched > _HOUR:
             self._touched = time.time()

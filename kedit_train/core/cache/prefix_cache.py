@@ -36,7 +36,7 @@ class _Call:
         hidden: the hidden states [B, S, d] if the frozen layers are skipped, None if they run.
         random_states: the states of the random generators at the start of the forward pass.
         started: the time at the start of the forward pass.
-        stored: the stored hidden states, if the layers run only so that their output can be compared with them;
+        stored: the stored hidden states, if the layers run only to compare their output with these hidden states;
             otherwise None.
     """
 
@@ -57,8 +57,8 @@ class FrozenPrefix:
         recheck: after this number of batches with skipped layers, all layers run for one batch, and the output of the
             frozen layers for that batch is compared with the store. 0 disables the comparison.
         ignores_padding: function that returns True if nothing reads the hidden states of padding in the current
-            forward pass. It is used only for forward passes without labels. Otherwise, the labels show whether the loss
-            reads these hidden states.
+            forward pass. It is called only for forward passes without labels. If there are labels, they show whether
+            the loss reads the hidden states of padding.
 
     Attributes:
         active: the hooks do nothing until this is True.
@@ -185,7 +185,7 @@ class FrozenPrefix:
         if isinstance(sequences, str):
             self.bypassed, self._bypass_reason = self.bypassed + 1, sequences
             if not self._checking:
-                self._warn_once(f"a batch is computed in full, without the cache: {sequences}.")
+                self._warn_once(f"a batch is computed in full, without the cache, because {sequences}.")
             return
         self._check_weights()
         started, device = time.perf_counter(), inputs["input_ids"].device

@@ -33,14 +33,14 @@ class KFACFactors:
     gradients: dict[str, SecondMoment]
 
     def __add__(self, other: KFACFactors) -> KFACFactors:
-        """Return the factors over the tokens of both objects together. Every token has the same weight in the mean."""
+        """Return the factors over the tokens of both objects together. Every token counts equally."""
         return KFACFactors(
             {name: moment + other.inputs[name] for name, moment in self.inputs.items()},
             {name: moment + other.gradients[name] for name, moment in self.gradients.items()},
         )
 
     def __or__(self, other: KFACFactors) -> KFACFactors:
-        """Return the factors of the weights of both objects. If both contain a weight, ``other`` takes precedence."""
+        """Return the factors of all weights in either object. If both contain a weight, ``other`` takes precedence."""
         return KFACFactors(self.inputs | other.inputs, self.gradients | other.gradients)
 
     def only(self, names: Container[str]) -> KFACFactors:

@@ -89,8 +89,8 @@ def load_factors(
         else:
             how = f"with other {subject} than those of this run"
         raise EditError(
-            f"the file at factors_path={str(path)!r} does not fit this run: it was computed {how}; use another path, "
-            f"or {_RETRY}."
+            f"the file at factors_path={str(path)!r} does not fit this run: its factors were computed {how}; use "
+            f"another path, or {_RETRY}."
         )
     factors = KFACFactors({}, {})
     kinds = [("inputs", factors.inputs)] + ([] if inputs_only else [("gradients", factors.gradients)])

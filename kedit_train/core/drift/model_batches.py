@@ -41,14 +41,14 @@ class Batch:
         return model(**self.inputs) if isinstance(self.inputs, Mapping) else model(*self.inputs)
 
     def without_first(self) -> Batch:
-        """Return the same batch with a mask that also leaves out the first token of every sequence."""
+        """Return a copy of this batch with a mask that also leaves out the first token of every sequence."""
         assert isinstance(self.inputs, Mapping)
         mask = self.inputs["attention_mask"].bool().clone()
         mask[:, 0] = False
         return replace(self, mask=mask)
 
     def real_tokens(self, values: Tensor, name: str) -> Tensor:
-        """Return the vectors of real tokens, without those of padding. For a batch that is not counted, return none.
+        """Return the vectors of real tokens, without those of padding. If the batch is not counted, return no vectors.
 
         Args:
             values: [batch, sequence, d] or [batch * sequence, d].
@@ -96,7 +96,7 @@ def missing_batches(count: int, own: int, batch_size: int) -> int:
     """Return how many fewer batches this process has than the process with the most batches.
 
     Args:
-        count: number of items of all processes together, divided by :func:`share_of_process`.
+        count: number of items of all processes together. :func:`share_of_process` distributes these items.
         own: number of items of this process.
         batch_size: number of items in a batch.
     """

@@ -56,7 +56,7 @@ class SecondMoment:
         self.count += len(vectors)
 
     def __add__(self, other: SecondMoment) -> SecondMoment:
-        """Return the moment over the vectors of both moments together. Every vector has the same weight in the mean."""
+        """Return the moment over the vectors of both moments together. Every vector counts equally."""
         return SecondMoment(self.sum + other.sum, self.count + other.count)
 
     def __sub__(self, other: SecondMoment) -> SecondMoment:

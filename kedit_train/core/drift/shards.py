@@ -31,7 +31,7 @@ def map_local(function: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
 
 
 def has_whole_rows(matrix: Tensor) -> bool:
-    """Return whether this process stores complete rows of a matrix, which is also true if it is not sharded."""
+    """Return whether this process stores complete rows of a matrix. Also True if the matrix is not sharded."""
     return not isinstance(matrix, DTensor) or not any(p.is_shard() and not p.is_shard(0) for p in matrix.placements)
 
 
@@ -84,7 +84,8 @@ def reduce_over_shards(value: Tensor, tensor: Tensor, operation: Literal["sum", 
 def total(tensors: Iterable[Tensor]) -> float:
     """Return the sum of all entries of all tensors, including the shards of other processes.
 
-    If the tensors are not sharded, the sum is computed on the device of the first tensor, and needs one transfer.
+    If the tensors are not sharded, the sum is computed on the device of the first tensor. Only the result is then
+    transferred to the CPU.
     """
     sums = [reduce_over_shards(local_part(t).sum(dtype=torch.float64), t, "sum") for t in tensors]
     return float(torch.stack([each.to(sums[0].device) for each in sums]).sum()) if sums else 0.0

@@ -105,6 +105,6 @@ def _check_layer(name: str, layer: Any) -> None:
         kind = variant.__name__ if isinstance(variant, type) else type(variant).__name__
         if kind not in _VARIANTS:
             raise EditError(
-                f"a gate works only with plain LoRA and DoRA, but {name} has {kind}; remove this option from the LoRA "
-                "configuration."
+                f"a gate works only with plain LoRA and DoRA, but {name} has the variant {kind}; remove the option "
+                "that selects this variant from the LoRA configuration."
             )

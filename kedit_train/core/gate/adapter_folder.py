@@ -37,9 +37,10 @@ def check_folder(folder: Path) -> None:
 def save_adapter(model: Any, tokenizer: Any, folder: Path) -> None:
     """Save a model with a gate, and its tokenizer, in a folder.
 
-    A new folder appears at once, with all files. In an existing folder, each file is replaced atomically, and the gate
-    last. Files of the earlier adapter that the new one does not have are deleted. All other files stay. If the process
-    is killed in between, the gate does not match the adapter, and loading the folder raises an error.
+    A new folder appears in one step, with all files. In an existing folder, each file is replaced atomically, and the
+    gate is replaced last. A file of the earlier adapter is deleted if the new adapter has no file of this name. All
+    other files stay. If the process is killed between two files, the gate does not match the adapter, and loading the
+    folder raises an error.
 
     Args:
         model: a ``PeftModel`` with a gate.

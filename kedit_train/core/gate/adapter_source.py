@@ -19,9 +19,10 @@ OTHER_WAY = "or merge the adapter with merge_and_unload() and give the folder of
 
 
 def adapter_folder(name: str) -> Path | None:
-    """Return the folder of a PEFT adapter, or None if the name is not that of an adapter.
+    """Return the folder of a PEFT adapter, or None if there is no adapter with this name.
 
-    An adapter on the hub is downloaded, with its gate if it has one. Without a connection, it is read from the cache.
+    An adapter on the hub is downloaded, with its gate if it has one. Without a connection to the hub, the adapter is
+    read from the cache.
 
     Args:
         name: a folder, or a name on the Hugging Face Hub.
@@ -49,16 +50,17 @@ def adapter_folder(name: str) -> Path | None:
 
 
 def gated_folder(name: str) -> Path | None:
-    """Return the folder of a gated adapter, or None if the name is not that of an adapter with a gate."""
+    """Return the folder of an adapter with a gate, or None if there is no such adapter with this name."""
     folder = adapter_folder(name)
     return folder if folder is not None and has_gate(folder) else None
 
 
 def adapted_base(name: str) -> str | None:
-    """Return the name of the base model of a PEFT adapter, or None if ``name`` is not that of an adapter.
+    """Return the name of the base model of a PEFT adapter, or None if there is no adapter with this name.
 
     Raises:
-        EditError: the configuration of the adapter cannot be read, or names no base model or an adapter.
+        EditError: the configuration of the adapter cannot be read or contains no base model, or the base model is
+            itself an adapter.
     """
     folder = adapter_folder(name)
     if folder is None:
@@ -85,13 +87,14 @@ def check_not_gated(model: Any) -> None:
         model: a model, a folder, or a name on the hub.
 
     Raises:
-        EditError: the model is a gated adapter. The keys of its gate belong to the weights that it was trained with.
+        EditError: the model is a gated adapter. The keys of its gate are valid only for the weights with which they
+            were computed.
     """
     name = model if isinstance(model, str) else None
     if find_gate(model) is not None or (name is not None and gated_folder(name) is not None):
         raise EditError(
             f"{'the model' if name is None else repr(name)} is a gated adapter, which cannot be trained again; train "
-            "its base model with the edits of both runs."
+            "its base model with the earlier edits and the new edits together."
         )
 
 

@@ -1,4 +1,4 @@
-"""Check that a closed gate gives the unedited model."""
+"""Check that the model computes the same as the unedited model while its gate is closed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,9 @@ def check_scope(run: EditRun, adapted: AdaptedLayers) -> None:
         EditError: another parameter is trained, the model is sharded, or the base model uses dropout.
     """
     if any(isinstance(parameter, DTensor) for parameter in run.model.parameters()):
-        raise EditError("a gate needs the whole model in each process, but its parameters are sharded; use DDP.")
+        raise EditError(
+            "a gate needs the whole model in each process, but the parameters of the model are sharded; use DDP."
+        )
     own = {id(p) for layer in adapted.layers for p in layer.parameters()}
     own -= {id(p) for layer in adapted.layers for p in layer.base_layer.parameters()}  # type: ignore[union-attr, operator]
     for name, parameter in run.scope.items():
@@ -36,7 +38,8 @@ def check_scope(run: EditRun, adapted: AdaptedLayers) -> None:
     if dropout or (getattr(config, "attention_dropout", 0.0) or 0.0) > 0:
         raise EditError(
             f"the base model must have no dropout, got {dropout[0] if dropout else 'attention_dropout'}, because "
-            "hidden states with dropout do not match the keys; set the dropout in the model's configuration to 0."
+            "hidden states with dropout do not match the keys of a gate; set the dropout in the model's "
+            "configuration to 0."
         )
 
 
@@ -84,5 +87,5 @@ def check_unused(run: EditRun, adapted: AdaptedLayers) -> None:
             if bool(torch.count_nonzero(factor.detach())):
                 raise EditError(
                     f"{name} is not zero, so the adapter already changes the model, but a closed gate gives the output "
-                    "without adapter; start with a new LoRA adapter, and leave out init_lora_weights=."
+                    "of the model without the adapter; start with a new LoRA adapter, and leave out init_lora_weights=."
                 )

@@ -1,4 +1,4 @@
-"""Gate: let a LoRA adapter act only from the first position of a row that lies near a stored key."""
+"""Gate: let a LoRA adapter act in a row only from the first position whose hidden state is near a stored key."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ class _ForwardPass(threading.local):
 
     Attributes:
         real: which positions are tokens and not padding, [rows, positions], bool.
-        before: whether the gate was open before the first of these positions, [rows], bool.
-        open: whether the gate is open, [rows, positions], bool.
+        before: for each row, whether the gate was open before the first position of this pass, [rows], bool.
+        open: for each position, whether the gate is open, [rows, positions], bool.
         outputs: the outputs of base layers, by the id of the layer.
-        opened_rows: whether the gate was open in each row of the last forward pass, [rows], bool.
+        opened_rows: for each row of the last forward pass, whether the gate was open at any position, [rows], bool.
     """
 
     def __init__(self) -> None:
@@ -59,8 +59,9 @@ class Gate:
 
     The hidden states that enter one decoder block are compared with the keys. This block is the first block with an
     adapter, or an earlier one, so the decision depends only on the model without the adapter. In each row, the adapter
-    acts from the first position that lies within the radius of a key. At all other positions, each adapted layer
-    returns the output of its base layer itself, so the model computes bit for bit what it computes without adapter.
+    acts from the first position whose hidden state lies within the radius of a key. Before this position, each adapted
+    layer returns the output of its base layer itself, so the model computes bit for bit what it computes without
+    adapter.
 
     The decision for a token depends only on this token and the tokens before it. With a key-value cache, the decision
     is kept in the cache.

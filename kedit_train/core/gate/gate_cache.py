@@ -1,8 +1,8 @@
-"""Keep the state of a gate in the key-value cache, so that it follows every operation on the cache.
+"""Keep the state of a gate in the key-value cache, so that every operation on the cache also changes this state.
 
 The state is one more layer of the cache. Its tensor ``keys`` stores for each row and each cached position whether the
-gate is open.
-Beam search, the selection of rows, copies and the removal of the last tokens then treat the state like keys and values.
+gate is open. Beam search, the selection of rows, copies and the removal of the last tokens then treat the state like
+keys and values.
 """
 
 from __future__ import annotations

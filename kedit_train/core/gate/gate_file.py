@@ -57,7 +57,11 @@ def save_gate(gate: Any, folder: str | os.PathLike[str], files: list[str] | None
 
 
 def has_gate(folder: str | os.PathLike[str]) -> bool:
-    """Return whether a folder contains a gate. If it is a folder or a broken link, reading it is an error."""
+    """Return whether a folder contains a gate.
+
+    If the name of the gate file belongs to a folder or to a broken link, the result is also True, and reading the gate
+    raises an error.
+    """
     return os.path.lexists(Path(folder) / GATE_FILE)
 
 
@@ -93,6 +97,6 @@ def read_gate(folder: str | os.PathLike[str], *, other_adapter: bool = False) ->
 
 
 def _adapter_hash(folder: str | os.PathLike[str]) -> str | None:
-    """Return the SHA-256 of the saved weights of an adapter, or None if the folder contains none."""
+    """Return the SHA-256 of the saved weights of an adapter, or None if the folder contains no weights."""
     path = next((path for name in WEIGHT_FILES if (path := Path(folder) / name).is_file()), None)
     return None if path is None else sha256_of_file(path)

@@ -1,4 +1,4 @@
-"""Check that a gate switches its layers, and let a gated model refuse what would lose the gate."""
+"""Check that a gate switches the output of its layers, and raise errors for calls that would lose the gate."""
 
 from __future__ import annotations
 
@@ -37,19 +37,21 @@ def find_gate(model: Any) -> Any:
 
 
 def check_not_gated_before(run: RunState) -> None:
-    """Check that a new run does not train a model that already has a gate. Each resumed run replaces the gate.
+    """Check that a new run does not train a model that already has a gate.
+
+    A resumed run is not checked, because it replaces the gate.
 
     Raises:
-        EditError: the model has a gate. With the gate, other examples would have no gradient.
+        EditError: the model has a gate. Examples for which this gate is closed would have no gradient.
     """
     if not run.host.resumed and find_gate(run.model) is not None:
         raise EditError(ALREADY_GATED, component=type(run.callbacks[0]).__name__)
 
 
 def check_not_gated_and_frozen(run: RunState) -> None:
-    """Check that the model is not a loaded gated adapter. Its optimizer would get no parameters.
+    """Check that the model is not a loaded gated adapter, because the optimizer would get no parameters.
 
-    An interrupted run leaves a gate, too, but its adapter can be trained.
+    The model of an interrupted run has a gate, too, but its adapter can be trained.
 
     Raises:
         EditError: the model has a gate, and none of its parameters requires gradients.
@@ -60,7 +62,7 @@ def check_not_gated_and_frozen(run: RunState) -> None:
 
 @torch.no_grad()
 def check_switches(gate: Any, adapted: AdaptedLayers) -> None:
-    """Check for every adapted layer that the gate switches its output: base layer if closed, with adapter if open.
+    """Check that each adapted layer returns the output of its base layer only where the gate is closed.
 
     Each layer reads one row of two random positions, with the gate closed at the first and open at the second. Random
     factors replace those of the adapter in this call, because the B factor of a new adapter is zero. No weight is
@@ -101,9 +103,9 @@ def check_switches(gate: Any, adapted: AdaptedLayers) -> None:
 
 
 def guard(model: Any) -> None:
-    """Let a gated model save its gate together with the adapter, and raise an error for what a gate cannot do.
+    """Let a gated model save its gate together with the adapter, and raise errors for calls that do not fit a gate.
 
-    The errors are for merging or deleting the adapter, for a second adapter, and for ``adapter_names=``.
+    These calls merge or delete the adapter, add a second adapter, or pass ``adapter_names=``.
 
     Args:
         model: a ``PeftModel`` with a gate. :func:`unguard` removes what this function adds to it.

@@ -70,7 +70,8 @@ def nearest_distances(
 ) -> Tensor:
     """Return the distance of each key to the nearest position of the held texts, [keys] in fp32.
 
-    A position at which the text so far is one of the prompts is left out, because its hidden state is the key.
+    If a text begins with one of the prompts, the last position of this prompt is left out, because the hidden state at
+    this position is the key itself.
 
     Args:
         run: the run.
@@ -95,7 +96,7 @@ def nearest_distances(
 
 
 def begin_with(texts: Sequence[Sequence[int]], prompts: Sequence[Sequence[int]]) -> int:
-    """Return the number of texts that begin with one of the prompts. All are given as token ids."""
+    """Return the number of texts that begin with one of the prompts. Texts and prompts are lists of token ids."""
     asked = {tuple(prompt) for prompt in prompts}
     lengths = {len(prompt) for prompt in asked}
     return sum(any(tuple(text[:n]) in asked for n in lengths if n <= len(text)) for text in texts)

@@ -16,7 +16,7 @@ _MASKS = ("completion_mask", "assistant_masks")
 
 
 def trained_prompts(host: Any, tokenizer: Any, edits: Sequence[Edit]) -> list[list[int]]:
-    """Return the token ids of training examples up to a target that follows the prompt of an edit.
+    """Return the token ids before each target that follows the prompt of an edit in a training example.
 
     The prompt may be inside of a chat template, with a system prompt, or after other text. Only tokenized examples that
     say which tokens are trained are read: rows with ``labels`` or a mask of TRL, and the results of
@@ -52,7 +52,7 @@ def _examples(host: Any) -> Iterator[Any]:
 
 
 def _before_targets(example: Any) -> Iterator[tuple[list[int], int]]:
-    """Yield for each target of an example: the token ids before it, and the position where the last target ended."""
+    """Yield, for each target of an example, the token ids before it, and the end of the previous target (or 0)."""
     if isinstance(example, Mapping) and example.get("input_ids") is not None:
         ids = [int(token) for token in example["input_ids"]]
         trained = _trained(example, len(ids))
@@ -70,7 +70,7 @@ def _before_targets(example: Any) -> Iterator[tuple[list[int], int]]:
 
 
 def _trained(row: Mapping[str, Any], length: int) -> list[bool]:
-    """Return for each token of a row whether it is trained, or an empty list if the row does not say it."""
+    """Return for each token of a row whether it is trained, or an empty list if the row does not show this."""
     mask = next((row[name] for name in _MASKS if row.get(name) is not None), None)
     labels = row.get("labels")
     if mask is None and labels is not None:

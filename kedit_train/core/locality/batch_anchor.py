@@ -42,8 +42,8 @@ class AnchorTerm:
 
     Attributes:
         examples: number of examples since the last call of :meth:`metrics`.
-        hits: number of these examples for which the hidden states were already stored.
-        last_step: the optimizer step of the last forward pass; -1 before the first.
+        hits: number of examples, out of ``examples``, for which the hidden states were already stored.
+        last_step: the optimizer step of the last forward pass; -1 before the first forward pass.
 
     Raises:
         EditError: the model is sharded with FSDP2.

@@ -77,7 +77,8 @@ def remaining_texts(texts: Texts, chosen: Sequence[str], run: EditRun) -> list[s
     Args:
         texts: the source from which the texts of the first run were chosen.
         chosen: the texts of the previous run.
-        run: the run that begins. With the bundled texts, texts on facts that its edits affect are left out, too.
+        run: the run that begins. If the bundled texts are used, texts about facts that the edits of this run affect are
+            left out, too.
 
     Raises:
         EditError: no text is left.

@@ -17,12 +17,12 @@ CAPABILITY = "divergence_penalty"
 class DivergencePenalty:
     """The weight of a penalty on a divergence, and the divergence that was measured since the last step.
 
-    The callback that adds the penalty reads ``weight`` in every step and reports what it has measured with
+    The callback that adds the penalty reads ``weight`` in every step and passes its measurements to
     :meth:`observe`. A callback that adapts the weight sets ``adapted``, reads the measurements with :meth:`take` and
     writes ``weight``.
 
     Args:
-        measured_on: "texts", "batch" or "outputs".
+        measured_on: where the divergence is measured: "texts", "batch" or "outputs".
         weight: the weight at the start of the run.
 
     Attributes:
@@ -39,7 +39,7 @@ class DivergencePenalty:
     def observe(self, divergence: Tensor) -> None:
         """Record the divergence [N] of each token in nats, not multiplied by ``weight``.
 
-        :class:`OutputAnchor` records the distance [N] of each output, in the unit of its distance.
+        For :class:`OutputAnchor`, ``divergence`` is the distance [N] of each output, in the unit of this distance.
         """
         if self.adapted:
             self._sum = self._sum.to(divergence.device) + divergence.detach().sum(dtype=torch.float32)

@@ -119,7 +119,8 @@ def read_states(
             disk and are memory-mapped. None always reads the tensors into memory.
 
     Returns:
-        The tensors. None if the file does not exist or cannot be used; in the second case, a warning is issued.
+        The tensors, or None if the file does not exist or cannot be used. If the file cannot be used, a warning is
+        issued.
     """
     # Unlike Path.is_file, this returns False for a path that cannot be accessed.
     if not os.path.isfile(path):

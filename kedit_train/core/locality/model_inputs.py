@@ -23,7 +23,7 @@ def read_model_inputs(source: Any, argument: str) -> list[Any]:
 
     Args:
         source: an iterable with one item per forward pass, or the path of a safetensors file. The tensors of a file are
-            named like the arguments of ``forward``. Their first dimension counts the forward passes.
+            named like the arguments of ``forward``. The first dimension of each tensor is the number of forward passes.
         argument: name of the argument that holds ``source``, for error messages.
 
     Raises:
@@ -38,7 +38,7 @@ def read_model_inputs(source: Any, argument: str) -> list[Any]:
     if isinstance(source, Tensor):
         raise EditError(
             f"{argument} must be {_EXPECTED}, got one tensor of shape {tuple(source.shape)}; pass {argument}=[tensor], "
-            f"or {argument}=tensor.split(32) for forward passes with 32 windows each."
+            f"or {argument}=tensor.split(32) for forward passes with 32 samples each."
         )
     items = list(source) if isinstance(source, Iterable) and not isinstance(source, Mapping) else []
     if not holds_model_inputs(items):
@@ -64,7 +64,7 @@ def _read_file(path: Path, argument: str) -> list[Any]:
     if not lengths or min(lengths.values()) == 0 or len(set(lengths.values())) > 1:
         raise EditError(
             f"all tensors in {path} must have the same first dimension (the number of forward passes), got "
-            f"{lengths}; write tensors of the shape [forward passes, windows, ...]."
+            f"{lengths}; write tensors of the shape [forward passes, samples, ...]."
         )
     return [dict(zip(tensors, values, strict=True)) for values in zip(*tensors.values(), strict=True)]
 

@@ -16,7 +16,7 @@ from kedit_train.errors import warn
 
 
 def neighbor_texts(run: EditRun, texts: Texts, n: int) -> Texts | None:
-    """Return the prompts of the run's edits with names from the texts in place of their subjects.
+    """Return the prompts of the run's edits, with each subject replaced by names from the texts.
 
     A warning is issued if no prompt could be made, or if some edits have no prompts.
 
@@ -41,9 +41,9 @@ def neighbor_texts(run: EditRun, texts: Texts, n: int) -> Texts | None:
         return None
     if without := [edit.prompt for edit in run.edits if not has_subject(edit)]:
         warn(
-            f"neighbors={n} makes prompts by replacing the subject in the prompt of an edit, but {len(without)} of "
-            f"{len(run.edits)} edits have a prompt without their subject (the first: {shorten(without[0])!r}); set the "
-            "subject of each edit as it is written in its prompt."
+            f"neighbors={n} makes prompts by replacing the subject in the prompt of an edit, but in {len(without)} of "
+            f"{len(run.edits)} edits, the prompt does not contain the subject (the first: {shorten(without[0])!r}); "
+            "set the subject of each edit as it is written in its prompt."
         )
     chosen = training_format(run, tokenizer, run.edits) or "plain"
     rendered = [render_prompt(tokenizer, prompt, chosen) for prompt in prompts]

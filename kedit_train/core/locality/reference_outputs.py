@@ -108,7 +108,9 @@ class ModelOutputs:
                 chosen = wanted(value)
             except Exception as error:
                 reason = " ".join(f"{type(error).__name__}: {error}".split())[:120]
-                raise EditError(f"the function output= failed for the {kind} ({reason}); correct it.") from error
+                raise EditError(
+                    f"the function output= failed for the {kind} ({reason}); correct this function."
+                ) from error
         elif wanted is None:
             chosen = value
         elif isinstance(wanted, int):

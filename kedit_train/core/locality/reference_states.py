@@ -144,7 +144,7 @@ def top_k_log_probs(head: OutputHead, hidden: Tensor, k: int, vocabulary: int | 
         head: the output head.
         hidden: [tokens, hidden], the inputs of the head.
         k: number of tokens.
-        vocabulary: number of tokens in the vocabulary, if the head has more outputs than that.
+        vocabulary: number of tokens in the vocabulary, if the head has more outputs than the vocabulary has tokens.
 
     Returns:
         The tensors [tokens, k + 1] and [tokens, k] of :func:`~kedit_train.functional.top_k_divergence.top_log_probs`.

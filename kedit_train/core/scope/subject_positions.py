@@ -18,8 +18,8 @@ class SubjectPositions:
     A row belongs to an edit if its text contains the prompt of the edit. The prompt may be inside of a chat template or
     after other text, and a packed row can contain several prompts.
 
-    If the subject is only the first token of a row, all tokens of the prompt count as its tokens. In most models, the
-    hidden states at the first position hardly depend on the token (an attention sink), so an edit cannot be learned
+    If the subject is only the first token of a row, all tokens of the prompt count as subject tokens. In most models,
+    the hidden states at the first position hardly depend on the token (an attention sink), so an edit cannot be learned
     there.
 
     Args:
@@ -30,7 +30,7 @@ class SubjectPositions:
         rows: number of rows so far.
         found: number of rows so far that contain a prompt with its subject.
         tokens: number of tokens in all rows so far.
-        chosen: number of these tokens at chosen positions.
+        chosen: number of tokens, out of ``tokens``, at positions that :meth:`find` has returned as True.
         whole_prompts: number of rows so far in which the subject is only the first token.
     """
 
@@ -74,7 +74,7 @@ class SubjectPositions:
         return self._known[tokens]
 
     def _spans(self, text: str) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
-        """Yield where a subject and its prompt begin and end in a text, in characters; once for each subject."""
+        """Yield, for each subject in a text, where the subject and its prompt begin and end, in characters."""
         for prompt, spans in self._subjects.items():
             at = text.find(prompt)
             while at >= 0:
@@ -105,5 +105,5 @@ class SubjectPositions:
 
 
 def _indices(extents: Sequence[tuple[int, int]], span: tuple[int, int]) -> list[int]:
-    """Return the indices of the extents that share a character with a span."""
+    """Return the indices of the extents (begin and end of each token) that share a character with a span."""
     return [index for index, (begin, end) in enumerate(extents) if begin < span[1] and span[0] < end]

@@ -93,7 +93,7 @@ class ActiveExamples:
         return {**kwargs, **reduced}, LeftOut(left_out, (labels.shape, kept, span))
 
     def record(self, where: Tensor, active: Tensor, *sums: Tensor) -> None:
-        """Store which of the examples that were not left out are learned.
+        """Store which examples are learned. Examples that were left out of this batch keep their entries.
 
         Args:
             where: [examples, length - 1] bool, the supervised positions.

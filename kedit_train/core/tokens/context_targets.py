@@ -1,4 +1,4 @@
-"""Compute soft targets with the unedited model that reads the new fact, and look them up for training batches."""
+"""Compute soft targets with the unedited model, which reads the new fact, and find them for training batches."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class _Answer:
 
 
 class ContextTargets:
-    """Soft targets for the answer tokens of edits: distributions of the unedited model that reads the new fact.
+    """Soft targets for the answer tokens of edits: next-token distributions of the unedited model given the new fact.
 
     The teacher (the unedited model) reads the prompt with the fact and then the target of the edit (teacher forcing).
     The distributions are computed once, in the constructor. If the label of a token is not the teacher's most probable
@@ -67,10 +67,12 @@ class ContextTargets:
         prompt_format: the prompt format of the training examples.
 
     Attributes:
-        follows: for each different edit, whether the model ranks all tokens of the target first when it reads the fact.
+        follows: for each edit, whether the model ranks all tokens of the target first when it reads the fact. Equal
+            edits count once.
 
     Raises:
-        EditError: ``top_k`` is greater than the vocabulary, or an edit with its fact does not fit into the context.
+        EditError: ``top_k`` is greater than the vocabulary, or an edit with its fact is longer than the context length
+            of the model.
     """
 
     def __init__(
@@ -144,7 +146,7 @@ class ContextTargets:
         return self._log_probs[rows], self._tokens[rows], self._taught[rows] & known
 
     def _match(self, tokens: tuple[int, ...], is_supervised: Sequence[bool]) -> Iterator[tuple[int, int]]:
-        """Yield two numbers per answer token: the place of its target in the tensors, and its index in ``tokens``."""
+        """Yield two indices per answer token: that of its soft target, and that of the token in ``tokens``."""
         for length in self._lengths:
             answer, place = self._places.get(tokens[:length], (None, 0))
             if answer is None or not all(is_supervised[len(answer.prompt) : length]):
