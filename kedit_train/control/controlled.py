@@ -25,7 +25,7 @@ class Control:
 
     Attributes:
         positions: number of changes of hidden states. A position counts once for each controlled layer. Without a
-            cache, a position is changed again in every pass.
+            key-value cache, every forward pass changes the earlier generated positions again and counts them again.
     """
 
     positions: int = 0
@@ -37,7 +37,7 @@ class Control:
         return float(self._change) / max(1, self.positions)
 
     def count(self, before: Tensor, after: Tensor) -> None:
-        """Add controlled hidden states, [N, hidden] before and after the control."""
+        """Count N changed hidden states, given before and after the change, each [N, hidden]."""
         norm = before.float().norm(dim=-1).clamp(min=1e-30)
         self._change = self._change + ((after.float() - before.float()).norm(dim=-1) / norm).sum().detach()
         self.positions += len(before)
@@ -54,12 +54,12 @@ def controlled(
     layers: Sequence[Layer] | None = None,
     first_token: bool = False,
 ) -> Iterator[Control]:
-    """Context manager: during generation, move hidden states to a higher value. The weights do not change.
+    """Context manager: during generation, change hidden states so that their value is higher. No weight changes.
 
-    At each generated position, ``steps`` gradient steps are made: ``h <- h + step_size * gradient of value(h)``. The
-    change of a hidden state stays within a ball around the unchanged hidden state (trust region). Hidden states of the
-    prompt do not change. With a cache, later tokens read keys and values that the layers above computed from the
-    changed state.
+    The value is the output of the value function ``value``. At each generated position, ``steps`` gradient steps are
+    made: ``h <- h + step_size * gradient of value(h)``. The change of a hidden state stays within a ball around the
+    unchanged hidden state (trust region). Hidden states of the prompt do not change. With a key-value cache, later
+    tokens read keys and values that the layers above computed from the changed state.
 
     With ``step_size=0``, ``steps=0`` or ``radius=0``, the model computes exactly the same as without the block. When
     the block ends, also with an error, all hooks are removed.
@@ -67,11 +67,12 @@ def controlled(
     Args:
         model: a causal language model of transformers, or a PEFT model around one.
         value: the value function, trained by :class:`~kedit_train.control.ValueModule`.
-        step_size: length of a gradient step: the gradient is multiplied by it; 0 or more. A large ``step_size`` makes
-            every change as long as ``radius`` allows.
+        step_size: factor by which the gradient is multiplied in each gradient step, 0 or more. A large ``step_size``
+            makes every change as long as ``radius`` allows.
         steps: number of gradient steps at each generated position and each layer, 0 or more.
         radius: the largest norm of a change, as a fraction of the norm of the hidden state, 0 or more.
-        layers: the layers to control: indices or "head", out of the layers of ``value``. None: all layers of ``value``.
+        layers: the layers to control: indices, or "head" for the input of the output head. ``value`` must have been
+            trained on these layers. None: all layers of ``value``.
         first_token: True also controls the last token of the prompt, from which the first token is generated. With
             False, the first generated token is that of the uncontrolled model.
 

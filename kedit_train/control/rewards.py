@@ -1,4 +1,4 @@
-"""Rewards of responses that need no other model: length, a regular expression, a fact."""
+"""Rewards that need no reward model: they score the length of a response, a regular expression, or a fact."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Reward:
         raise NotImplementedError
 
     def check(self, prompts: Sequence[str]) -> None:
-        """Raise an ``EditError`` if the responses to a prompt cannot be scored. By default, all can be scored."""
+        """Raise an ``EditError`` if the responses to a prompt cannot be scored. By default, none is raised."""
 
 
 class ShortAnswer(Reward):
@@ -110,7 +110,7 @@ class FactReward(Reward):
 
     @property
     def prompts(self) -> list[str]:
-        """All prompts that this reward knows."""
+        """All prompts whose responses this reward can score."""
         return list(self._good)
 
     def __call__(self, prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
@@ -122,7 +122,7 @@ class FactReward(Reward):
             if prompt not in self._good:
                 raise EditError(
                     f"the edits must contain {shorten(prompt)!r} as a prompt, a rephrase or a locality prompt; "
-                    "add it to the edits, or use another reward.",
+                    "add this prompt to the edits, or use another reward.",
                     "FactReward",
                 )
 

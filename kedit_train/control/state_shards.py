@@ -27,7 +27,7 @@ class StateShards:
     """Responses and their hidden states. The hidden states are memory-mapped and are read when they are used.
 
     Args:
-        keys: dict from the path of each file that :func:`write_shards` wrote to the key of the file.
+        keys: a dict with one entry for each file of :func:`write_shards`: from the path of the file to its key.
 
     Attributes:
         prompts: the prompt of each response.
@@ -78,9 +78,9 @@ def write_shards(
         model: the language model.
         layers: the layers, as for :func:`~kedit_train.control.sites.find_sites`.
         folder: a folder, which is created if necessary.
-        chunks: pairs of a description (a JSON value) and a function that returns the responses of the chunk. It is
-            called only if no complete file exists. The description must contain everything that the responses and
-            hidden states depend on, except the layers.
+        chunks: pairs of a description (a JSON value) and a function that returns the responses of the chunk. The
+            function is called only if no complete file exists. The description must contain everything that the
+            responses and hidden states depend on, except the layers.
         batch_size: number of responses per forward pass.
         pad_id: id of the padding token.
 
@@ -129,8 +129,9 @@ def read_states(
 ) -> list[dict[str, Tensor]]:
     """Return the hidden states from which the tokens of each response were generated.
 
-    State i is the one that predicts token i of the response: from the last token of the prompt to the token before the
-    last. These are exactly the positions that ``controlled`` can change.
+    State i predicts token i of the response. So the first state is that of the last token of the prompt, and the last
+    state is that of the last token but one of the response. These are exactly the positions that ``controlled`` can
+    change.
 
     Returns:
         For each response, a dict from layer to hidden states, [tokens of the response, hidden], on the CPU.

@@ -131,7 +131,7 @@ def contains_words(text: str, phrase: str) -> bool:
 
 
 def _ends_at_words(text: str, start: int, end: int) -> bool:
-    """Return whether ``start`` and ``end`` are word boundaries, as every position is in scripts without spaces."""
+    """Return whether ``start`` and ``end`` are word boundaries. In scripts without spaces, every position is one."""
     return not any(
         0 < at < len(text) and all(c.isalnum() and not SPACELESS.match(c) for c in text[at - 1 : at + 1])
         for at in (start, end)

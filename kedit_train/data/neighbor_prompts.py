@@ -28,8 +28,8 @@ def neighbor_prompts(edits: Sequence[Edit], texts: Sequence[str], n: int, *, see
     has, or a few characters in scripts without spaces.
 
     The subject is searched for as whole words, and letter case is ignored. Edits without a subject, and edits whose
-    prompt does not contain their subject, have no such prompts. A prompt that contains a prompt of an edit, a rephrase
-    or the prompt of a probe is left out.
+    prompt does not contain their subject, get no prompts. A result is left out if it contains the prompt or a rephrase
+    of an edit, or the prompt of a probe.
 
     Args:
         edits: the edits.
@@ -75,7 +75,7 @@ def has_subject(edit: Edit) -> bool:
 
 
 def subject_spans(edit: Edit) -> list[tuple[int, int]]:
-    """Return where the subject begins and ends in the prompt of an edit, in characters; once for each occurrence."""
+    """Return where each occurrence of the subject begins and ends in the prompt of an edit, in characters."""
     subject = _subject_in(edit)
     return [match.span() for match in subject.finditer(edit.prompt)] if subject else []
 
@@ -129,7 +129,7 @@ def _subject_in(edit: Edit) -> re.Pattern[str] | None:
 
 
 def _spans(subject: str, texts: Sequence[Sequence[str]], n: int, generator: random.Random) -> list[str]:
-    """Draw parts of texts: as many words as the subject has, or a few characters in scripts without spaces."""
+    """Draw parts of texts. Each has as many words as the subject, or a few characters in scripts without spaces."""
     spans = []
     for _ in range(n if texts else 0):
         words = generator.choice(texts)

@@ -69,7 +69,7 @@ def render_tune_result(result: Any, columns: Sequence[str]) -> str:
 
 
 def _points(result: Any) -> list[Point]:
-    """Return the points of the plot. The front comes after the other trials, and the held-out run comes last."""
+    """Return the points of the plot: first most trials, then the Pareto front, and the held-out run last."""
     front, points = result.front, []
     for trial in (*sorted(result.trials, key=lambda trial: trial in front), result.held_out):
         if trial.error or (trial.generality is None and trial.locality is None):

@@ -95,7 +95,8 @@ def run(args: Namespace) -> int:
 def _relation(cosine: float, weight: float, other_weight: float) -> dict[str, Any]:
     """Classify two deltas by their cosine, and return whether their merge is likely to contain both edits.
 
-    ``add`` is True only if both weights are positive, because a delta with a negative weight is subtracted.
+    In the result, ``kind`` is the class. ``add`` is True if the merge is likely to contain both edits. It is never True
+    if one of the weights is 0 or negative, because a delta with a negative weight is subtracted.
 
     The classes are "irrelevant" (cosine from -0.1 to 0.1), "similar" (above 0.1) and "opposite" (below -0.1). A small
     cosine counts as irrelevant, because the cosine of two random directions in n dimensions is typically about

@@ -1,9 +1,9 @@
 """``generate_answers``: generate a model's answers to prompts with greedy decoding.
 
 An edit is judged by the text that the model generates freely. Two common shortcuts are teacher forcing and cutting the
-output at the length of the true answer. They nearly triple the measured success (Yang et al., "The Mirage of Model
-Editing", arXiv 2502.11177). An answer ends at end-of-text or at the first line break. An answer never ends at a full
-stop, because "St. Louis" is one answer.
+output at the length of the true answer. These shortcuts nearly triple the measured success (Yang et al., "The Mirage of
+Model Editing", arXiv 2502.11177). An answer ends at end-of-text or at the first line break. An answer never ends at a
+full stop, because "St. Louis" is one answer.
 """
 
 from __future__ import annotations

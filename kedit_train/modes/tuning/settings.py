@@ -27,7 +27,7 @@ class TuneSetting:
         layers: the layers to train, as in ``ParameterScope``.
         modules: the modules to train, as in ``ParameterScope``.
         step_size: the predicted reduction of the loss per step, as a fraction of the loss, as in ``PolyakStep``.
-        energy: the fraction of the inputs' energy that is preserved, as in ``NullSpace``.
+        energy: the fraction of the energy of the layer inputs that is preserved, as in ``NullSpace``.
         kl_weight: weight of ``KLLocality``. 0 leaves the callback out.
 
     Example:

@@ -62,9 +62,9 @@ def tune(
         keep: texts on which predictions should stay the same: a file, a list, a dataset, "world" (the bundled texts) or
             a ``Texts``. Texts that contain an evaluation prompt of the edits are left out.
         grid: the settings to try. None: ``TuneGrid()``.
-        budget: time in seconds. Every round, and the run on the held-out half, has an equal share of it. A round starts
-            no further run after the end of its share. At least one setting is tried, and the run on the held-out half
-            is always made, so a very small budget is exceeded. None: no limit.
+        budget: time in seconds. Every round, and the run on the held-out half, has an equal share of this time. A round
+            starts no further run after the end of its share. At least one setting is tried, and the run on the held-out
+            half is always made, so a very small budget is exceeded. None: no limit.
         folder: a folder for the results and for the statistics of the texts. If ``tune`` is called again with the
             same folder, it does not repeat finished runs. None: a temporary folder that is removed at the end.
         options: how the runs are evaluated. Its ``prompt_format`` is also the format of the training examples. None:
@@ -149,9 +149,9 @@ def _halve(
     deadlines: list[float],
     bar: Any,
 ) -> tuple[list[Trial], list[tuple[int, TuneSetting]]]:
-    """Run successive halving. Return the trials, and the number of edits and the setting of each run left out.
+    """Run successive halving. Return the trials, and the runs that were left out because the budget was spent.
 
-    A run is left out if the budget is spent.
+    Each run that was left out is a pair: the number of edits, and the setting.
     """
     trials: list[Trial] = []
     cut_off: list[tuple[int, TuneSetting]] = []
