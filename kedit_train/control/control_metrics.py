@@ -56,7 +56,7 @@ def measure_control(
         as ``answers_before`` and ``answers_after``.
 
     Raises:
-        EditError: there are no prompts, or as for ``controlled``.
+        EditError: there are no prompts, or an argument of ``controlled`` is not valid.
     """
     check_arguments("measure_control", prompts=(prompts, _PROMPTS))
     options: dict[str, Any] = {"stops": (), "max_new_tokens": 64, **(generation or {})}
@@ -96,8 +96,8 @@ class ControlMetrics(Callback):
     ``control/tokens_per_second_after`` and ``control/mean_change``. All loggers of the trainer receive them.
 
     Args:
-        prompts: a list or a file of prompts, as for :class:`ResponseDataModule`. None of them may be among the
-            prompts of the :class:`ResponseDataModule`.
+        prompts: a list or a file of prompts, in the formats of :class:`ResponseDataModule`. The prompts of the
+            ``ResponseDataModule`` are not allowed here, because the value function is trained on them.
         step_size: as for :func:`~kedit_train.control.controlled`.
         steps: as for ``controlled``.
         radius: as for ``controlled``.

@@ -1,4 +1,4 @@
-"""Rewards that need no reward model: they score the length of a response, a regular expression, or a fact."""
+"""Rewards that need no reward model. They measure the length of a response, or search it for a pattern or a fact."""
 
 from __future__ import annotations
 
@@ -76,8 +76,8 @@ class FactReward(Reward):
     """Reward responses that state the new fact, and responses to locality prompts that keep the old answer.
 
     For the prompt and the rephrases of an edit, the reward is 1 if the response contains the target or an alias as
-    whole words, and -1 if it contains only the old target. For a locality prompt, the reward is 1 if the response
-    contains one of the prompt's answers. In all other cases, the reward is 0.
+    whole words. It is -1 if the response contains the old target, but neither the target nor an alias. For a locality
+    prompt, the reward is 1 if the response contains one of the prompt's answers. In all other cases, the reward is 0.
 
     Args:
         edits: a file of edits, or a list of edits.

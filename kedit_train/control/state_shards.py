@@ -27,14 +27,14 @@ class StateShards:
     """Responses and their hidden states. The hidden states are memory-mapped and are read when they are used.
 
     Args:
-        keys: a dict with one entry for each file of :func:`write_shards`: from the path of the file to its key.
+        keys: dict from path to key, for the files that :func:`write_shards` wrote.
 
     Attributes:
         prompts: the prompt of each response.
         texts: the text of each response.
 
     Raises:
-        EditError: a file is damaged, or has another key.
+        EditError: a file is damaged, or its key differs from the key in ``keys``.
     """
 
     def __init__(self, keys: Mapping[Path, str]) -> None:
@@ -130,7 +130,7 @@ def read_states(
     """Return the hidden states from which the tokens of each response were generated.
 
     State i predicts token i of the response. So the first state is that of the last token of the prompt, and the last
-    state is that of the last token but one of the response. These are exactly the positions that ``controlled`` can
+    state is that of the second-to-last token of the response. These are exactly the positions that ``controlled`` can
     change.
 
     Returns:

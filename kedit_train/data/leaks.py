@@ -53,12 +53,12 @@ def with_prefixes(edits: Sequence[Edit], prefixes: Sequence[str], per_edit: int,
 
 
 class LeakCheck:
-    """Find texts that contain the subject or a prompt of an edit, to keep them out of additional training data.
+    """Find texts that contain the subject or a prompt of an edit.
 
-    The prompts of an edit are ``edit.prompt``, the rephrases and the prompts of the probes (questions of the
-    evaluation). Rephrases and prompts of probes are called scored prompts. The comparison ignores letter case, the
-    amount of white space, invisible characters and Unicode forms (NFKC). The time of a check depends on the length of
-    the text, not on the number of edits.
+    Such texts should be kept out of additional training data. The prompts of an edit are ``edit.prompt``, the rephrases
+    and the prompts of the probes (questions of the evaluation). Rephrases and prompts of probes are called scored
+    prompts. The comparison ignores letter case, the amount of white space, invisible characters and Unicode forms
+    (NFKC). The time of a check depends on the length of the text, not on the number of edits.
 
     Args:
         edits: the edits whose prompts, subjects, rephrases and probes are searched for.

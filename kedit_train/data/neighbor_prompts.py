@@ -24,8 +24,8 @@ def neighbor_prompts(edits: Sequence[Edit], texts: Sequence[str], n: int, *, see
     An edit mostly affects prompts with the same wording and another subject, such as the neighborhood prompts of
     CounterFact. The prompts need not be sensible. See :func:`names_in` for what counts as a name. A name that shares a
     word with the subject, or that is the subject of another edit, is not used. If there are fewer than ``n`` names, as
-    in scripts without capital letters, further parts of the texts are drawn: as many consecutive words as the subject
-    has, or a few characters in scripts without spaces.
+    in scripts without capital letters, further parts of the texts are drawn. Each part has as many consecutive words as
+    the subject. In scripts without spaces, it has a few characters.
 
     The subject is searched for as whole words, and letter case is ignored. Edits without a subject, and edits whose
     prompt does not contain their subject, get no prompts. A result is left out if it contains the prompt or a rephrase

@@ -93,9 +93,9 @@ def evaluate(
         the probes that are not scored, per metric.
 
     Raises:
-        EditError: there are no edits, a prompt is longer than the model's context, the logits are NaN (the message
-            names the edit), ``unedited`` was made with other edits or options, or ``judge`` is given with another
-            protocol than "exact".
+        EditError: there are no edits, a prompt is longer than the model's context, or the logits are NaN (the message
+            names the edit). The error is also raised if ``unedited`` was made with other edits or options, or if
+            ``judge`` is given with another protocol than "exact".
 
     References:
         Yang et al., "The Mirage of Model Editing: Revisiting Evaluation in the Wild", arXiv 2502.11177.

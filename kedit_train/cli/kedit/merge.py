@@ -102,8 +102,8 @@ def _relation(cosine: float, weight: float, other_weight: float) -> dict[str, An
     cosine counts as irrelevant, because the cosine of two random directions in n dimensions is typically about
     1 / sqrt(n) in size. "When is Task Vector Provably Effective for Model Editing?" (arXiv 2504.10957) studies a
     one-layer Transformer. The paper proves that adding task vectors works for irrelevant and for aligned tasks.
-    However, a cosine above 0.1 does not show that two edits are aligned: edits that give different answers to the same
-    prompts also have such a cosine, because they change the same layer inputs.
+    However, a cosine above 0.1 does not show that two edits are aligned. Edits that give different answers to the same
+    prompts also have a cosine above 0.1, because their weight changes act on the same layer inputs.
     """
     kind = "irrelevant" if abs(cosine) <= 0.1 else "similar" if cosine > 0 else "opposite"
     both = weight > 0 and other_weight > 0

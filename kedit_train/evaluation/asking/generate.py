@@ -122,8 +122,8 @@ def generate_answers(
     Equal prompts run only once. Prompts are sorted by length and padded on the left, with an explicit attention
     mask and explicit position ids. An answer therefore does not depend on the batch size or the tokenizer's padding
     side. There is one exception: if the two largest logits differ by no more than the rounding error of the model's
-    dtype, another token may be generated. ``Answer.margin`` is the smallest of these differences in an answer. The
-    model's own generation settings (sampling, penalties, forced tokens) are ignored.
+    dtype, another token may be generated. ``Answer.margin`` is the smallest difference between the two largest logits
+    in an answer. The model's own generation settings (sampling, penalties, forced tokens) are ignored.
 
     Args:
         model: a causal language model of transformers, or a PEFT model around one. The model is left unchanged.

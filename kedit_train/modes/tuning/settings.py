@@ -125,8 +125,8 @@ class TuneGrid:
 
         The settings of the recipe ``kedit_default`` come first, if the grid contains them. All other settings are
         sorted by KL weight (smallest first), then by layers (in the order of the grid), then by step size (largest
-        first), because runs without ``KLLocality`` and runs with large steps are fast. If the budget is small, the last
-        settings are left out. Of several equally good settings, the first one is picked.
+        first). So fast runs come first: runs without ``KLLocality`` and runs with large steps. If the budget is small,
+        the last settings are left out. Of several equally good settings, the first one is picked.
         """
         kl_weights = sorted({float(weight) for weight in self.kl_weights})
         step_sizes = sorted({float(step) for step in self.step_sizes}, reverse=True)

@@ -77,9 +77,9 @@ def tune(
         scores. Its methods write a recipe and a W&B sweep file.
 
     Raises:
-        EditError: the edits have fewer than two subjects, the edits have neither rephrases nor locality probes, two
-            edits contradict each other, the texts cannot be read, a scope matches no weight, the model is sharded, or
-            all runs of the first round fail.
+        EditError: the edits have fewer than two subjects, have neither rephrases nor locality probes, or contradict
+            each other. The error is also raised if the texts cannot be read, a scope matches no weight, the model is
+            sharded, or all runs of the first round fail.
 
     References:
         Non-stochastic Best Arm Identification and Hyperparameter Optimization (successive halving), arXiv 1502.07943.
