@@ -190,7 +190,7 @@ def _sites(model: nn.Module, value: ValueModel, layers: Sequence[Layer] | None) 
         if any(value.trained_on[key] != described[key] for key in described):
             warn(
                 "the value function was trained on another model or on other weights "
-                f"(its model has {value.trained_on['model_layers']} layers, this model {described['model_layers']}); use "
-                "the model that the value function was trained on, or train a new value function."
+                f"(its model has {value.trained_on['model_layers']} layers, this model {described['model_layers']}); "
+                "use the model that the value function was trained on, or train a new value function."
             )
     return sites
