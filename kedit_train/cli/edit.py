@@ -241,7 +241,7 @@ def _source(texts: Any) -> Any:
 
 
 def with_catalog(arguments: Sequence[str]) -> list[str]:
-    """Replace each ``--config`` path without a file, such as ``callbacks/kl_locality.yaml``, by the packaged file."""
+    """Replace a ``--config`` path that does not exist, such as ``callbacks/kl_locality.yaml``, by the packaged file."""
     resolved, takes_path = [], False
     for word in arguments:
         option, equals, value = word.partition("=")

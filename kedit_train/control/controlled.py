@@ -33,7 +33,7 @@ class Control:
 
     @property
     def mean_change(self) -> float:
-        """The mean norm of the change, as a fraction of the norm of the hidden state. 0 if nothing was controlled."""
+        """The mean norm of a change, as a fraction of the norm of the hidden state. 0 if nothing was changed."""
         return float(self._change) / max(1, self.positions)
 
     def count(self, before: Tensor, after: Tensor) -> None:
@@ -150,7 +150,7 @@ def controlled(
 
 
 def find_value_sites(model: nn.Module, value: ValueModel, layers: Sequence[Layer] | None) -> list[Site]:
-    """Return the sites of the given layers, or of all layers of the value function.
+    """Return the :class:`Site` of each given layer, or of each layer of the value function.
 
     Raises:
         EditError: a layer does not exist, or has no value function.
@@ -172,7 +172,7 @@ def find_value_sites(model: nn.Module, value: ValueModel, layers: Sequence[Layer
 
 
 def _sites(model: nn.Module, value: ValueModel, layers: Sequence[Layer] | None) -> list[Site]:
-    """Return the sites to control, after all checks."""
+    """Check the arguments of :func:`controlled`, and return the sites to control."""
     inner = causal_model(model)
     if not accepts_argument(inner, "past_key_values"):
         raise EditError(

@@ -184,12 +184,12 @@ class ResponseDataModule(LightningDataModule):
         )
 
     def _given(self, model: Any, tokenizer: Any) -> tuple[list[Any], Callable[[int, int], list[Response]]]:
-        """Return the data of each given response as JSON, and a function that returns a range of the responses."""
+        """Return a JSON description of each given response, and a function that returns a range of the responses."""
         responses = encode_responses(model, tokenizer, self.records, self.prompt_format)
         return [asdict(response) for response in responses], lambda start, count: responses[start : start + count]
 
     def _sampled(self, model: Any, tokenizer: Any) -> tuple[list[Any], Callable[[int, int], list[Response]]]:
-        """Return all inputs of each response as JSON, and a function that samples a range of the responses."""
+        """Return a JSON description of each response to sample, and a function that samples a range of them."""
         options, inner = self.sampling, unwrap_model(model)
         prompts = [record["prompt"] for record in self.records]
         # The chat template of the tokenizer is not a part of the model, so the tokens are a part of the description.

@@ -32,7 +32,7 @@ class Reward:
         raise NotImplementedError
 
     def check(self, prompts: Sequence[str]) -> None:
-        """Raise an ``EditError`` if the responses to a prompt cannot be scored. By default, none is raised."""
+        """Raise an ``EditError`` if the responses to a prompt cannot be scored. The base class raises no error."""
 
 
 class ShortAnswer(Reward):

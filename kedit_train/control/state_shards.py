@@ -56,7 +56,7 @@ class StateShards:
         return len(self._spans)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """Return the hidden states of a response by layer, [tokens, hidden] each."""
+        """Return a dict from layer to the hidden states of a response, [tokens, hidden]."""
         tensors, span = self._spans[index]
         return {name: tensor[span] for name, tensor in tensors.items()}
 

@@ -105,7 +105,7 @@ class ValueModule(LightningModule):
         self.target: ValueModel = copy.deepcopy(self.value).requires_grad_(False)
 
     def on_fit_start(self) -> None:
-        """Copy the value function into the target network. The data module has already set its mean and scale."""
+        """Copy the value function into the target network. Its mean and scale are already set."""
         if self.trainer.ckpt_path is None:
             self.target.load_state_dict(self.value.state_dict())
 

@@ -123,7 +123,7 @@ class _PhraseIndex:
 
 
 def contains_words(text: str, phrase: str) -> bool:
-    """Return whether ``text`` contains ``phrase`` as whole words. The caller folds the two texts (:func:`fold`)."""
+    """Return whether ``text`` contains ``phrase`` as whole words. Both must already be folded (:func:`fold`)."""
     at = text.find(phrase)
     while at >= 0 and not _ends_at_words(text, at, at + len(phrase)):
         at = text.find(phrase, at + 1)

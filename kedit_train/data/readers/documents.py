@@ -112,7 +112,7 @@ def _read_folder(folder: Path) -> tuple[list[Any], list[str]]:
 
 
 def _read_records(path: Path, name: str) -> list[Any]:
-    """Read a file of records in a folder. Records without an identifier get the name of the file and their number."""
+    """Read a file of records in a folder. A record without an identifier gets one: file name and number."""
     records: list[Any] = []
     for number, record in enumerate(read_file(path), start=1):
         if isinstance(record, dict):

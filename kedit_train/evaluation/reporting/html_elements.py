@@ -93,7 +93,7 @@ class Cell:
 
 
 def fragment(body: str) -> str:
-    """Return ``body`` (HTML) with its style, for a notebook."""
+    """Return ``body`` (HTML) together with the style sheet, for a notebook."""
     return f'<div class="kedit"><style>{_STYLE}</style>\n{body}\n</div>'
 
 

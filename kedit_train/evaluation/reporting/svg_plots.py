@@ -37,7 +37,7 @@ class Point:
 
 
 def interval_bar(edited: Score, unedited: Score) -> str:
-    """Return a bar from 0 to 1: the interval of a score as a line, the score as a dot, the unedited score as a ring."""
+    """Return a bar from 0 to 1 with an interval (line), a score (dot), and the score of the unedited model (ring)."""
     low, high = (edited.low, edited.high) if edited.low is not None else (edited.value, edited.value)
     parts = ['<line x1="4" x2="116" y1="5" y2="5" stroke="currentColor" stroke-opacity=".25"/>']
 

@@ -1,4 +1,4 @@
-"""The settings that ``tune`` tries, and the callbacks of a setting."""
+"""The combinations of settings that ``tune`` tries, and the callbacks of a run with one combination."""
 
 from __future__ import annotations
 

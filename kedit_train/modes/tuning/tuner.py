@@ -192,7 +192,7 @@ def _subset(edits: EditDataset, numbers: Sequence[int]) -> EditDataset:
 
 @contextmanager
 def _work_folder(folder: str | Path | None) -> Iterator[Path]:
-    """Create the folder, or a temporary folder that is removed at the end."""
+    """Create ``folder``. If it is None, create a temporary folder that is removed at the end."""
     if folder is None:
         with tempfile.TemporaryDirectory() as temporary:
             yield Path(temporary)
