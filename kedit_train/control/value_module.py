@@ -105,7 +105,7 @@ class ValueModule(LightningModule):
         self.target: ValueModel = copy.deepcopy(self.value).requires_grad_(False)
 
     def on_fit_start(self) -> None:
-        """Copy the value function into the target network. Its mean and scale are already set."""
+        """Copy the value function, with the mean and scale that the data module has set, into the target network."""
         if self.trainer.ckpt_path is None:
             self.target.load_state_dict(self.value.state_dict())
 
