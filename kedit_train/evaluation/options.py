@@ -64,8 +64,8 @@ class EvaluationOptions:
             means ["leading", "probability"].
         batch_size: prompts per forward pass. The scores do not depend on the batch size.
         max_new_tokens: maximum length of an answer, in tokens, with the protocols "exact", "contains" and "wild". If
-            ``protocol`` contains none of these three, the maximum length is instead that of the longest accepted
-            answer, plus three tokens.
+            ``protocol`` contains none of these three, the maximum length is the length of the longest accepted
+            answer plus three tokens.
         prose: unrelated texts, as a list of strings, a path, a dataset, or "world" (the bundled texts). Three values
             are measured on the texts: the perplexity, the KL divergence from the unedited model, and the agreement with
             the unedited model. None: not measured.
