@@ -82,7 +82,8 @@ def _clearer(text: str) -> str:
 def wrong_callback(content: Any) -> str | None:
     """Return an error message for the first entry of ``trainer.callbacks`` that has no class path.
 
-    The result is None if every entry has a class path. The error of jsonargparse would only repeat the whole list.
+    The result is None if every entry has a class path. The message replaces the error of jsonargparse, which would only
+    repeat the whole list.
 
     Args:
         content: the content of a configuration file.

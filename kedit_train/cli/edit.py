@@ -236,7 +236,7 @@ def _path_of(cls: type) -> str:
 
 
 def _source(texts: Any) -> Any:
-    """Return ``texts``. If it is the configuration of a ``Texts`` object, return the object's argument ``source``."""
+    """Return ``source`` if ``texts`` is the configuration of a ``Texts`` object. Otherwise, return ``texts`` itself."""
     return texts.get("source") if isinstance(texts, Namespace) else texts
 
 

@@ -1,6 +1,6 @@
 """What a recipe shows while it runs: what the run is about to do, and one line of progress.
 
-Both are written to standard error, because standard output is for results.
+Both texts are written to standard error, because standard output is for results.
 """
 
 from __future__ import annotations
@@ -44,7 +44,10 @@ def print_summary(callbacks: Iterable[Any]) -> None:
 
 
 class PrintSummary(Callback):
-    """Print what a Lightning run is about to do. Put this callback before the others, because they begin to work."""
+    """Print what a Lightning run is about to do, at the start of the run.
+
+    Put this callback before all other callbacks, because they begin their work at the same moment.
+    """
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         print_summary(trainer.callbacks)
@@ -100,7 +103,7 @@ def display_callbacks(callbacks: Iterable[Any], *, progress: bool) -> list[Callb
     """Return the callbacks that show a Lightning run. They come before the run's own callbacks.
 
     Args:
-        callbacks: the callbacks of the run. If they contain a progress bar, no other is added.
+        callbacks: the callbacks of the run. If they contain a progress bar, no second progress bar is added.
         progress: False shows no progress.
     """
     if not progress:

@@ -21,7 +21,7 @@ class RepeatedKey(yaml.YAMLError):
 
 
 class _Mapping:
-    """The keys of one mapping that have been read so far.
+    """The keys that have been read so far in one mapping.
 
     Args:
         top: whether this is the outermost mapping, where jsonargparse reads "model.name" as the key "name" of "model".

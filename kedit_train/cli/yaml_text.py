@@ -39,9 +39,9 @@ def load_yaml(text: str) -> Any:
     """Return the value of a YAML text, as the command ``fit`` reads it.
 
     Raises:
-        InvalidYAML: the text is not YAML or is nested too deeply; it contains a number with too many digits, a value
-            that does not fit its tag, an alias that contains itself, or a key twice in one mapping; or its aliases
-            expand to too much text.
+        InvalidYAML: the text is not YAML, is nested too deeply, or its aliases expand to too much text. The error is
+            also raised if the text contains a number with too many digits, a value that does not fit its tag, an alias
+            that contains itself, or a key twice in one mapping.
 
     Example:
         >>> load_yaml("trainer: {max_epochs: 3}")

@@ -56,7 +56,7 @@ def measure_control(
         as ``answers_before`` and ``answers_after``.
 
     Raises:
-        EditError: there are no prompts, or as for ``controlled``.
+        EditError: there are no prompts, or an argument of ``controlled`` is not valid.
     """
     check_arguments("measure_control", prompts=(prompts, _PROMPTS))
     options: dict[str, Any] = {"stops": (), "max_new_tokens": 64, **(generation or {})}
@@ -90,12 +90,14 @@ def measure_control(
 class ControlMetrics(Callback):
     """At the end of training, log the reward and the speed of greedy answers with and without control.
 
+    With control, the answers are generated in a :func:`~kedit_train.control.controlled` block.
     The reward and the prompt format are those of the :class:`ResponseDataModule`. The metrics are
     ``control/reward_before``, ``control/reward_after``, ``control/tokens_per_second_before``,
     ``control/tokens_per_second_after`` and ``control/mean_change``. All loggers of the trainer receive them.
 
     Args:
-        prompts: a list or a file of prompts, as for :class:`ResponseDataModule`. None of them may be trained on.
+        prompts: a list or a file of prompts, in the formats of :class:`ResponseDataModule`. The prompts of the
+            ``ResponseDataModule`` are not allowed here, because the value function is trained on them.
         step_size: as for :func:`~kedit_train.control.controlled`.
         steps: as for ``controlled``.
         radius: as for ``controlled``.
@@ -105,8 +107,9 @@ class ControlMetrics(Callback):
         batch_size: number of prompts per forward pass.
 
     Raises:
-        EditError: an argument is out of range, or, before training, a prompt is also trained on, is too long, or cannot
-            be scored, or a layer has no value function.
+        EditError: an argument is out of range. Before training starts: a prompt is also a prompt of the
+            :class:`ResponseDataModule`, is too long or cannot be scored by the reward, or a layer has no value
+            function.
 
     Example:
         >>> from kedit_train.control import ControlMetrics
@@ -147,7 +150,7 @@ class ControlMetrics(Callback):
         self.result: dict[str, Any] = {}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check the data module."""
+        """Check that the data module is a :class:`ResponseDataModule`."""
         data: Any = getattr(trainer, "datamodule", None)
         if not hasattr(data, "reward"):
             raise EditError(
@@ -162,14 +165,15 @@ class ControlMetrics(Callback):
             module: the :class:`ValueModule`.
 
         Raises:
-            EditError: a prompt is trained on, is too long, or cannot be scored by the reward, or a layer has no value
-                function.
+            EditError: a prompt is also a prompt of ``data``, is too long, or cannot be scored by the reward, or a layer
+                has no value function.
         """
         trained = {record["prompt"] for record in data.records}
         with reported_by("ControlMetrics"):
             if both := [prompt for prompt in self.prompts if prompt in trained]:
                 raise EditError(
-                    f"prompts must not be trained on, but {both[0][:80]!r} is; remove it from one of the two lists."
+                    f"prompts must not contain a prompt of the ResponseDataModule, got {both[0][:80]!r}; remove this "
+                    "prompt from one of the two lists."
                 )
             context = context_length(unwrap_model(module.language_model).config)
             encode_prompts(module.tokenizer, self.prompts, context, data.prompt_format)
@@ -177,7 +181,7 @@ class ControlMetrics(Callback):
             check_reward(data.reward, self.prompts, [""] * len(self.prompts))
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Generate the answers, log the metrics and print them. The value function has been saved before."""
+        """Generate the answers, log the metrics and print them. The value function is already saved."""
         module: Any = pl_module
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         formats: PromptFormat = data.prompt_format

@@ -25,7 +25,7 @@ class Control:
 
     Attributes:
         positions: number of changes of hidden states. A position counts once for each controlled layer. Without a
-            cache, a position is changed again in every pass.
+            key-value cache, every forward pass changes the earlier generated positions again and counts them again.
     """
 
     positions: int = 0
@@ -33,11 +33,11 @@ class Control:
 
     @property
     def mean_change(self) -> float:
-        """The mean norm of the change, as a fraction of the norm of the hidden state. 0 if nothing was controlled."""
+        """The mean norm of a change, as a fraction of the norm of the hidden state. 0 if nothing was changed."""
         return float(self._change) / max(1, self.positions)
 
     def count(self, before: Tensor, after: Tensor) -> None:
-        """Add controlled hidden states, [N, hidden] before and after the control."""
+        """Count N changed hidden states, given before and after the change, each [N, hidden]."""
         norm = before.float().norm(dim=-1).clamp(min=1e-30)
         self._change = self._change + ((after.float() - before.float()).norm(dim=-1) / norm).sum().detach()
         self.positions += len(before)
@@ -54,12 +54,12 @@ def controlled(
     layers: Sequence[Layer] | None = None,
     first_token: bool = False,
 ) -> Iterator[Control]:
-    """Context manager: during generation, move hidden states to a higher value. The weights do not change.
+    """Context manager: during generation, change hidden states so that their value is higher. No weight changes.
 
-    At each generated position, ``steps`` gradient steps are made: ``h <- h + step_size * gradient of value(h)``. The
-    change of a hidden state stays within a ball around the unchanged hidden state (trust region). Hidden states of the
-    prompt do not change. With a cache, later tokens read keys and values that the layers above computed from the
-    changed state.
+    The value is the output of the value function ``value``. At each generated position, ``steps`` gradient steps are
+    made: ``h <- h + step_size * gradient of value(h)``. The change of a hidden state stays within a ball around the
+    unchanged hidden state (trust region). Hidden states of the prompt do not change. With a key-value cache, later
+    tokens read keys and values that the layers above computed from the changed state.
 
     With ``step_size=0``, ``steps=0`` or ``radius=0``, the model computes exactly the same as without the block. When
     the block ends, also with an error, all hooks are removed.
@@ -67,11 +67,12 @@ def controlled(
     Args:
         model: a causal language model of transformers, or a PEFT model around one.
         value: the value function, trained by :class:`~kedit_train.control.ValueModule`.
-        step_size: length of a gradient step: the gradient is multiplied by it; 0 or more. A large ``step_size`` makes
-            every change as long as ``radius`` allows.
+        step_size: factor by which the gradient is multiplied in each gradient step, 0 or more. A large ``step_size``
+            makes every change as long as ``radius`` allows.
         steps: number of gradient steps at each generated position and each layer, 0 or more.
         radius: the largest norm of a change, as a fraction of the norm of the hidden state, 0 or more.
-        layers: the layers to control: indices or "head", out of the layers of ``value``. None: all layers of ``value``.
+        layers: the layers to control: indices, or "head" for the input of the output head. ``value`` must have been
+            trained on these layers. None: all layers of ``value``.
         first_token: True also controls the last token of the prompt, from which the first token is generated. With
             False, the first generated token is that of the uncontrolled model.
 
@@ -149,7 +150,7 @@ def controlled(
 
 
 def find_value_sites(model: nn.Module, value: ValueModel, layers: Sequence[Layer] | None) -> list[Site]:
-    """Return the sites of the given layers, or of all layers of the value function.
+    """Return the :class:`Site` of each given layer, or of each layer of the value function.
 
     Raises:
         EditError: a layer does not exist, or has no value function.
@@ -171,7 +172,7 @@ def find_value_sites(model: nn.Module, value: ValueModel, layers: Sequence[Layer
 
 
 def _sites(model: nn.Module, value: ValueModel, layers: Sequence[Layer] | None) -> list[Site]:
-    """Return the sites to control, after all checks."""
+    """Check the arguments of :func:`controlled`, and return the sites to control."""
     inner = causal_model(model)
     if not accepts_argument(inner, "past_key_values"):
         raise EditError(
@@ -189,7 +190,7 @@ def _sites(model: nn.Module, value: ValueModel, layers: Sequence[Layer] | None) 
         if any(value.trained_on[key] != described[key] for key in described):
             warn(
                 "the value function was trained on another model or on other weights "
-                f"({value.trained_on['model_layers']} layers, this model has {described['model_layers']}); use that "
-                "model, or train a new value function."
+                f"(its model has {value.trained_on['model_layers']} layers, this model {described['model_layers']}); "
+                "use the model that the value function was trained on, or train a new value function."
             )
     return sites

@@ -14,9 +14,10 @@ from kedit_train.core.cache.layer_stack import call_arguments
 class GeneratedPositions:
     """Finds the generated positions of each forward pass from its arguments.
 
-    - A pass that reads one token after a non-empty cache continues a generation: the token is a generated position.
-    - A pass without a cache (``use_cache=False``) whose rows are rows of the last pass plus one token continues a
-      generation: all positions after the prompt are generated.
+    - If a pass reads one token and the key-value cache is not empty, the pass continues a generation. The token is a
+      generated position.
+    - If a pass has no cache (``use_cache=False``) and each of its rows is a row of the previous pass plus one token,
+      the pass continues a generation. All positions after the prompt are generated positions.
     - Every other pass reads a prompt.
 
     These rules hold for ``generate()`` with and without a cache, for beam search (rows may be repeated, reordered or
@@ -68,7 +69,7 @@ class GeneratedPositions:
 
 
 def _last_token(mask: Any, batch: int, length: int, prompt_length: int) -> Tensor:
-    """Return the index of the last token of each prompt, [batch]. With padding on the right, rows differ."""
+    """Return the index of the last token of each prompt, [batch]. With padding on the right, rows may differ."""
     if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.shape[1] < length:
         return torch.full((batch,), prompt_length - 1)
     # With a cache, the mask also covers the tokens in the cache.

@@ -32,7 +32,8 @@ def read_records(prompts: Any) -> list[dict[str, str]]:
         records.append({key: record[key] for key in keys})
         if len(records[0]) != len(keys):
             raise EditError(
-                f"{where}, record {number}: either all records or none must have a response, but this record differs "
-                "from the first one; add the missing responses, or use two files."
+                f"{where}, record {number}: either all records or none must have a response, but this record has "
+                f"{'a' if 'response' in keys else 'no'} response, unlike the first record; add the missing responses, "
+                "or use two files."
             )
     return records

@@ -44,8 +44,8 @@ _OPTIONS = Rule("SamplingOptions or a mapping", lambda given: isinstance(given, 
 class ResponseDataModule(LightningDataModule):
     """Hidden states of responses, with the reward of each response.
 
-    The responses are either given, or sampled from the language model of the trained :class:`ValueModule` before
-    training. Their hidden states are written to files, so that they need not fit into memory.
+    The responses are either given, or sampled from the language model of the :class:`ValueModule` before the training
+    of the value function. The hidden states are written to files, so that they need not fit into memory.
 
     Args:
         prompts: a list, or a file (``.txt`` with one prompt per line, ``.jsonl``, ``.json`` or ``.csv``). An entry is a
@@ -57,7 +57,8 @@ class ResponseDataModule(LightningDataModule):
             used.
         prompt_format: "plain", "chat" (the tokenizer's chat template), "question" or a ``ChatFormat``.
         cache_dir: a folder for the hidden states. A later run with the same model, tokenizer, prompts and options reads
-            them from there, also with another reward. Files of other runs are kept. None: a temporary folder.
+            them from this folder, even if the run has another reward. Files of other runs are kept. None: a temporary
+            folder.
         batch_size: number of responses per training step.
         validation: fraction of the prompts that are held out with all their responses, in [0, 1). If it is not 0 and
             there are two different prompts or more, at least one prompt is held out. With one prompt, none is held out,
@@ -112,8 +113,8 @@ class ResponseDataModule(LightningDataModule):
     def setup(self, stage: str) -> None:
         """Sample the responses if none are given, write the hidden states, and compute the rewards.
 
-        Every call does this again, because the model may have changed since the last call. Files in ``cache_dir`` that
-        belong to the same model, prompts and options are read.
+        Every call repeats these steps, because the model may have changed since the last call. Hidden states that
+        ``cache_dir`` already contains for the same model, prompts and options are read instead of computed.
         """
         if stage not in ("fit", "validate"):
             return
@@ -141,7 +142,7 @@ class ResponseDataModule(LightningDataModule):
             module.value.trained_on = {**described, "prompt_format": repr(self.prompt_format)}
 
     def _find_module(self) -> Any:
-        """Return the trained module, after the checks of the module and the trainer."""
+        """Check the trained module and the settings of the trainer, and return the module."""
         module: Any = self.trainer.lightning_module if self.trainer is not None else None
         if not (hasattr(module, "language_model") and hasattr(module, "value")):
             raise EditError(
@@ -183,12 +184,12 @@ class ResponseDataModule(LightningDataModule):
         )
 
     def _given(self, model: Any, tokenizer: Any) -> tuple[list[Any], Callable[[int, int], list[Response]]]:
-        """Return a description of each given response, and a function that returns some of the responses."""
+        """Return a JSON description of each given response, and a function that returns a range of the responses."""
         responses = encode_responses(model, tokenizer, self.records, self.prompt_format)
         return [asdict(response) for response in responses], lambda start, count: responses[start : start + count]
 
     def _sampled(self, model: Any, tokenizer: Any) -> tuple[list[Any], Callable[[int, int], list[Response]]]:
-        """Return a description of each response to sample, and a function that samples some of the responses."""
+        """Return a JSON description of each response to sample, and a function that samples a range of them."""
         options, inner = self.sampling, unwrap_model(model)
         prompts = [record["prompt"] for record in self.records]
         # The chat template of the tokenizer is not a part of the model, so the tokens are a part of the description.
@@ -205,7 +206,7 @@ class ResponseDataModule(LightningDataModule):
         return rows, make
 
     def _check_held_out(self, callbacks: Sequence[Any]) -> None:
-        """Raise an error if a callback monitors the error on held-out prompts but there are none, otherwise warn."""
+        """If no prompt is held out, warn, or raise an error if a callback monitors the error on held-out prompts."""
         several = len({record["prompt"] for record in self.records}) > 1
         if self.validation and several:
             return
@@ -223,7 +224,7 @@ class ResponseDataModule(LightningDataModule):
             )
 
     def _split(self, prompts: Sequence[str]) -> tuple[list[int], list[int]]:
-        """Split the responses by their prompts into training and validation."""
+        """Return the indices of the training responses and of the validation responses, split by prompt."""
         distinct = list(dict.fromkeys(prompts))
         random.Random(self.sampling.seed).shuffle(distinct)
         # At least one, so that EarlyStopping has a validation error to monitor.
@@ -261,7 +262,7 @@ class ResponseDataModule(LightningDataModule):
 
 
 def _temporary_folder() -> Path:
-    """Create a temporary folder, and remove those that killed processes left behind."""
+    """Create a temporary folder, and remove the temporary folders that killed processes left behind."""
     parent = Path(tempfile.gettempdir())
     remove_abandoned(parent.glob("kedit-value.*"))
     folder = claim(parent, "kedit-value")

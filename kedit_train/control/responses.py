@@ -50,8 +50,8 @@ class SamplingOptions:
         temperature: the logits are divided by this number, > 0.
         max_new_tokens: maximum length of a response, in tokens.
         batch_size: number of responses per forward pass.
-        seed: seed of the samples. The random numbers of a response do not depend on the batch size, so neither does the
-            response (except for rounding).
+        seed: seed of the samples. The random numbers of a response do not depend on the batch size. So the response
+            depends on the batch size only through rounding.
 
     Example:
         >>> SamplingOptions(samples=2).temperature
@@ -110,7 +110,7 @@ def sample_responses(
     *,
     first: int = 0,
 ) -> list[Response]:
-    """Sample one response for each prompt. Give a prompt several times for several responses.
+    """Sample one response for each prompt. To get several responses to a prompt, pass the prompt several times.
 
     Args:
         model: a causal language model.

@@ -1,4 +1,4 @@
-"""Rewards of responses that need no other model: length, a regular expression, a fact."""
+"""Rewards that need no reward model. They measure the length of a response, or search it for a pattern or a fact."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Reward:
         raise NotImplementedError
 
     def check(self, prompts: Sequence[str]) -> None:
-        """Raise an ``EditError`` if the responses to a prompt cannot be scored. By default, all can be scored."""
+        """Raise an ``EditError`` if the responses to a prompt cannot be scored. The base class raises no error."""
 
 
 class ShortAnswer(Reward):
@@ -76,8 +76,8 @@ class FactReward(Reward):
     """Reward responses that state the new fact, and responses to locality prompts that keep the old answer.
 
     For the prompt and the rephrases of an edit, the reward is 1 if the response contains the target or an alias as
-    whole words, and -1 if it contains only the old target. For a locality prompt, the reward is 1 if the response
-    contains one of the prompt's answers. In all other cases, the reward is 0.
+    whole words. It is -1 if the response contains the old target, but neither the target nor an alias. For a locality
+    prompt, the reward is 1 if the response contains one of the prompt's answers. In all other cases, the reward is 0.
 
     Args:
         edits: a file of edits, or a list of edits.
@@ -110,7 +110,7 @@ class FactReward(Reward):
 
     @property
     def prompts(self) -> list[str]:
-        """All prompts that this reward knows."""
+        """All prompts whose responses this reward can score."""
         return list(self._good)
 
     def __call__(self, prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
@@ -122,7 +122,7 @@ class FactReward(Reward):
             if prompt not in self._good:
                 raise EditError(
                     f"the edits must contain {shorten(prompt)!r} as a prompt, a rephrase or a locality prompt; "
-                    "add it to the edits, or use another reward.",
+                    "add this prompt to the edits, or use another reward.",
                     "FactReward",
                 )
 

@@ -64,7 +64,7 @@ def hidden_size(model: nn.Module) -> int:
 
 
 def find_sites(model: nn.Module, layers: Sequence[Layer]) -> list[Site]:
-    """Return the sites of the given layers.
+    """Return the :class:`Site` of each given layer.
 
     Args:
         model: a causal language model.

@@ -27,14 +27,14 @@ class StateShards:
     """Responses and their hidden states. The hidden states are memory-mapped and are read when they are used.
 
     Args:
-        keys: dict from the path of each file that :func:`write_shards` wrote to the key of the file.
+        keys: dict from path to key, for the files that :func:`write_shards` wrote.
 
     Attributes:
         prompts: the prompt of each response.
         texts: the text of each response.
 
     Raises:
-        EditError: a file is damaged, or has another key.
+        EditError: a file is damaged, or its key differs from the key in ``keys``.
     """
 
     def __init__(self, keys: Mapping[Path, str]) -> None:
@@ -56,7 +56,7 @@ class StateShards:
         return len(self._spans)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """Return the hidden states of a response by layer, [tokens, hidden] each."""
+        """Return a dict from layer to the hidden states of a response, [tokens, hidden]."""
         tensors, span = self._spans[index]
         return {name: tensor[span] for name, tensor in tensors.items()}
 
@@ -78,9 +78,9 @@ def write_shards(
         model: the language model.
         layers: the layers, as for :func:`~kedit_train.control.sites.find_sites`.
         folder: a folder, which is created if necessary.
-        chunks: pairs of a description (a JSON value) and a function that returns the responses of the chunk. It is
-            called only if no complete file exists. The description must contain everything that the responses and
-            hidden states depend on, except the layers.
+        chunks: pairs of a description (a JSON value) and a function that returns the responses of the chunk. The
+            function is called only if no complete file exists. The description must contain everything that the
+            responses and hidden states depend on, except the layers.
         batch_size: number of responses per forward pass.
         pad_id: id of the padding token.
 
@@ -129,8 +129,9 @@ def read_states(
 ) -> list[dict[str, Tensor]]:
     """Return the hidden states from which the tokens of each response were generated.
 
-    State i is the one that predicts token i of the response: from the last token of the prompt to the token before the
-    last. These are exactly the positions that ``controlled`` can change.
+    State i predicts token i of the response. So the first state is that of the last token of the prompt, and the last
+    state is that of the second-to-last token of the response. These are exactly the positions that ``controlled`` can
+    change.
 
     Returns:
         For each response, a dict from layer to hidden states, [tokens of the response, hidden], on the CPU.

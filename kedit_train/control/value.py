@@ -30,7 +30,7 @@ _LAYERS = Rule(
 
 
 class _Network(nn.Module):
-    """One hidden layer on standardized hidden states. SiLU is smooth, so its gradient changes gradually."""
+    """A network with one hidden layer, for standardized hidden states. SiLU makes its gradient change smoothly."""
 
     mean: Tensor
     scale: Tensor
@@ -82,7 +82,7 @@ class ValueModel(nn.Module):
         self.networks: nn.ModuleDict = nn.ModuleDict({name: _Network(hidden_size, width) for name in self.layers})
 
     def at(self, layer: str, hidden: Tensor) -> Tensor:
-        """Return the values of hidden states [..., hidden] of a layer, [...] in fp32."""
+        """Return the value of each hidden state of a layer: [..., hidden] becomes [...] in fp32."""
         return self.networks[layer](hidden)
 
     def forward(self, states: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -25,15 +25,15 @@ from kedit_train.pretrained import load_model
 class ValueModule(LightningModule):
     """A value function that predicts the reward of a response from each hidden state of the response.
 
-    The value function is trained by temporal differences. The target of the last hidden state is the reward, and the
-    target of an earlier one is computed from the values of the later ones. The targets are computed with a slowly
-    changing copy of the value function (target network), and no gradient flows through them. The language model is
-    frozen, and it is not a part of checkpoints.
+    The value function is trained by temporal differences. The target of the last hidden state is the reward. The target
+    of each earlier hidden state is computed from the values of the later hidden states. The targets are computed with a
+    slowly changing copy of the value function (target network), and no gradient flows through them. The language model
+    is frozen, and it is not a part of checkpoints.
 
     Args:
         name: a hub name, a folder, or "world" for the bundled model.
-        layers: the layers whose hidden states get a value function, a list: indices of layers, or "head" for the input
-            of the output head.
+        layers: a list of the layers whose hidden states get a value function: indices of layers, or "head" for the
+            input of the output head.
         width: number of units in the hidden layer of each value function.
         learning_rate: the learning rate of Adam, > 0.
         trace: lambda of the lambda-return, in [0, 1]. 0 is TD(0), as in the paper, and needs many epochs for long
@@ -105,7 +105,7 @@ class ValueModule(LightningModule):
         self.target: ValueModel = copy.deepcopy(self.value).requires_grad_(False)
 
     def on_fit_start(self) -> None:
-        """Copy the value function into the target network. The data module has already standardized it."""
+        """Copy the value function, with the mean and scale that the data module has set, into the target network."""
         if self.trainer.ckpt_path is None:
             self.target.load_state_dict(self.value.state_dict())
 

@@ -59,8 +59,8 @@ def decide_append_eos(
     """Decide whether targets end with end-of-text.
 
     With "auto", targets end with end-of-text in chats and with the format "question", because models end their answers
-    there. A plain completion ends with end-of-text if the tokenizer appends end-of-text to every text, or if the model
-    itself ends its completions (:func:`end_probability` is at least one half).
+    in these formats. A plain completion ends with end-of-text if the tokenizer appends end-of-text to every text, or if
+    the model itself ends its completions (:func:`end_probability` is at least one half).
 
     Args:
         append_eos: True or False sets the decision. With "auto", this function decides.

@@ -128,5 +128,5 @@ def check_format(prompt_format: Any, tokenizer: Any = None) -> None:
     if is_chat and tokenizer is not None and not getattr(tokenizer, "chat_template", None):
         raise EditError(
             f"prompt_format={prompt_format!r} needs a chat template, but this tokenizer has none; set "
-            'tokenizer.chat_template (--model.chat_template in a recipe), or use "plain" or "question"'
+            'tokenizer.chat_template (--model.chat_template in a recipe), or set prompt_format to "plain" or "question"'
         )

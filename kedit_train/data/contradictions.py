@@ -18,11 +18,11 @@ def contradict(one: Edit, other: Edit) -> bool:
 
     Two edits answer the same prompt if their prompts are equal, or if the prompt of one edit is a rephrase of the other
     edit. An edit accepts its own target and its aliases. The comparison ignores letter case, the amount of white space,
-    invisible characters and Unicode forms (NFKC), as the leak check does.
+    invisible characters and Unicode forms (NFKC), as :class:`~kedit_train.data.leaks.LeakCheck` does.
 
-    Only whole prompts are compared. The edits "X is" -> "A B" and "X is A" -> "C" do not contradict each other,
-    although the model cannot learn both well: the tokens "X is A" are followed by "B" in one edit and by "C" in the
-    other.
+    Only whole prompts are compared. For example, the edits "X is" -> "A B" and "X is A" -> "C" do not contradict each
+    other. Still, the model cannot learn both of them well: "X is A" is followed by "B" in the first edit, and by "C" in
+    the second edit.
 
     Example:
         >>> contradict(Edit("Ada lives in", "Bern"), Edit("ada lives  in", "Rome"))

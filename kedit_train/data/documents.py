@@ -106,13 +106,16 @@ def _prompts(prompt: str, parts: int, used: set[str]) -> list[str]:
 
 
 def _numbered(prompt: str, number: int) -> str:
-    """Return a prompt with the number of a part, in front of the white space at the end of the prompt."""
+    """Add the number of a part at the end of a prompt, but before the white space with which the prompt ends."""
     text = prompt.rstrip()
     return f"{text} (part {number}){prompt[len(text) :]}"
 
 
 def _units(tokenizer: Any, text: str, room: int, ends: Sequence[re.Pattern[str]]) -> Iterator[tuple[str, int]]:
-    """Yield consecutive pieces of a text and their lengths. A piece of more than ``room`` tokens cannot be split."""
+    """Yield consecutive pieces of a text and their lengths in tokens.
+
+    A piece has more than ``room`` tokens only if it cannot be split further.
+    """
     at = 0
     for stop in [*(match.end() for match in ends[0].finditer(text)), len(text)]:
         piece, at = text[at:stop], stop

@@ -53,12 +53,12 @@ def with_prefixes(edits: Sequence[Edit], prefixes: Sequence[str], per_edit: int,
 
 
 class LeakCheck:
-    """Find texts that contain the subject or a prompt of an edit, to keep them out of additional training data.
+    """Find texts that contain the subject or a prompt of an edit.
 
-    The prompts of an edit are ``edit.prompt``, the rephrases and the prompts of the probes (questions of the
-    evaluation). Rephrases and prompts of probes are called scored prompts. The comparison ignores letter case, the
-    amount of white space, invisible characters and Unicode forms (NFKC). The time of a check depends on the length of
-    the text, not on the number of edits.
+    Such texts should be kept out of additional training data. The prompts of an edit are ``edit.prompt``, the rephrases
+    and the prompts of the probes (questions of the evaluation). Rephrases and prompts of probes are called scored
+    prompts. The comparison ignores letter case, the amount of white space, invisible characters and Unicode forms
+    (NFKC). The time of a check depends on the length of the text, not on the number of edits.
 
     Args:
         edits: the edits whose prompts, subjects, rephrases and probes are searched for.
@@ -123,7 +123,7 @@ class _PhraseIndex:
 
 
 def contains_words(text: str, phrase: str) -> bool:
-    """Return whether ``text`` contains ``phrase`` as whole words. The caller folds the two texts (:func:`fold`)."""
+    """Return whether ``text`` contains ``phrase`` as whole words. Both must already be folded (:func:`fold`)."""
     at = text.find(phrase)
     while at >= 0 and not _ends_at_words(text, at, at + len(phrase)):
         at = text.find(phrase, at + 1)
@@ -131,7 +131,7 @@ def contains_words(text: str, phrase: str) -> bool:
 
 
 def _ends_at_words(text: str, start: int, end: int) -> bool:
-    """Return whether ``start`` and ``end`` are word boundaries, as every position is in scripts without spaces."""
+    """Return whether ``start`` and ``end`` are word boundaries. In scripts without spaces, every position is one."""
     return not any(
         0 < at < len(text) and all(c.isalnum() and not SPACELESS.match(c) for c in text[at - 1 : at + 1])
         for at in (start, end)

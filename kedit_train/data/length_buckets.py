@@ -11,8 +11,8 @@ from torch.utils.data import BatchSampler
 class LengthBuckets(BatchSampler):
     """A batch sampler that puts edits of similar length into the same batch, to reduce padding.
 
-    The indices of an epoch are cut into pools. Each pool is sorted by length and cut into batches. If a pool has the
-    size of one batch, nothing is sorted, and the batches are the same as those of ``BatchSampler``.
+    The indices of an epoch are cut into groups, called pools. Each pool is sorted by length and cut into batches. If a
+    pool has the size of one batch, nothing is sorted, and the batches are the same as those of ``BatchSampler``.
 
     A pool contains at most a quarter of the epoch, but at least one batch. If a short epoch were a single pool, each
     batch would contain the same edits in every epoch. Breadth-first training (arXiv 2509.22072) needs different batches

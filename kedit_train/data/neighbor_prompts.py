@@ -24,12 +24,12 @@ def neighbor_prompts(edits: Sequence[Edit], texts: Sequence[str], n: int, *, see
     An edit mostly affects prompts with the same wording and another subject, such as the neighborhood prompts of
     CounterFact. The prompts need not be sensible. See :func:`names_in` for what counts as a name. A name that shares a
     word with the subject, or that is the subject of another edit, is not used. If there are fewer than ``n`` names, as
-    in scripts without capital letters, further parts of the texts are drawn: as many consecutive words as the subject
-    has, or a few characters in scripts without spaces.
+    in scripts without capital letters, further parts of the texts are drawn. Each part has as many consecutive words as
+    the subject. In scripts without spaces, it has a few characters.
 
     The subject is searched for as whole words, and letter case is ignored. Edits without a subject, and edits whose
-    prompt does not contain their subject, have no such prompts. A prompt that contains a prompt of an edit, a rephrase
-    or the prompt of a probe is left out.
+    prompt does not contain their subject, get no prompts. A result is left out if it contains the prompt or a rephrase
+    of an edit, or the prompt of a probe.
 
     Args:
         edits: the edits.
@@ -75,7 +75,7 @@ def has_subject(edit: Edit) -> bool:
 
 
 def subject_spans(edit: Edit) -> list[tuple[int, int]]:
-    """Return where the subject begins and ends in the prompt of an edit, in characters; once for each occurrence."""
+    """Return where each occurrence of the subject begins and ends in the prompt of an edit, in characters."""
     subject = _subject_in(edit)
     return [match.span() for match in subject.finditer(edit.prompt)] if subject else []
 
@@ -129,7 +129,7 @@ def _subject_in(edit: Edit) -> re.Pattern[str] | None:
 
 
 def _spans(subject: str, texts: Sequence[Sequence[str]], n: int, generator: random.Random) -> list[str]:
-    """Draw parts of texts: as many words as the subject has, or a few characters in scripts without spaces."""
+    """Draw parts of texts. Each has as many words as the subject, or a few characters in scripts without spaces."""
     spans = []
     for _ in range(n if texts else 0):
         words = generator.choice(texts)

@@ -75,7 +75,8 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Change], dict[str, Any
     try:
         if meta["format"] != FORMAT:
             raise EditError(
-                f"the file has format {meta['format']!r}, but this version reads format {FORMAT}; upgrade kedit-train"
+                f"the file has format {meta['format']!r}, but this version of kedit-train reads format {FORMAT}; "
+                "upgrade kedit-train"
             )
         described = meta.pop("tensors")
         changes = {name: _change(name, entry, tensors) for name, entry in described.items()}

@@ -171,8 +171,8 @@ class EditDelta:
             if fingerprint_of(hashes) != self.meta["base"]["fingerprint"]:
                 raise EditError(
                     "the model differs from the base model in tensors that the delta does not change, so the scores in "
-                    "the delta may not hold for this model; use the model for which the delta was made. apply and "
-                    "revert do not raise this error, because they check only the tensors that the delta changes."
+                    "the delta may not hold for this model; use the model for which the delta was made. apply() and "
+                    "revert() do not raise this error, because they check only the tensors that the delta changes."
                 )
         return state
 

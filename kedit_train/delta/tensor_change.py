@@ -190,8 +190,8 @@ class Change:
     def _cost(self) -> int:
         """Return the size in bytes that a change with this layout and ``index`` would have in a file.
 
-        Unlike in a finished change, ``before`` and ``after`` are whole tensors here. Only their values at the positions
-        of ``index`` are counted.
+        Here, ``before`` and ``after`` are still whole tensors. Only their values at the positions of ``index`` are
+        counted.
         """
         size = self.before.numel()
         if self.index is None:

@@ -93,9 +93,9 @@ def evaluate(
         the probes that are not scored, per metric.
 
     Raises:
-        EditError: there are no edits, a prompt is longer than the model's context, the logits are NaN (the message
-            names the edit), ``unedited`` was made with other edits or options, or ``judge`` is given with another
-            protocol than "exact".
+        EditError: there are no edits, a prompt is longer than the model's context, or the logits are NaN (the message
+            names the edit). The error is also raised if ``unedited`` was made with other edits or options, or if
+            ``judge`` is given with another protocol than "exact".
 
     References:
         Yang et al., "The Mirage of Model Editing: Revisiting Evaluation in the Wild", arXiv 2502.11177.
@@ -248,7 +248,7 @@ class _Evaluation:
         """Return the scores on the texts in ``options.prose``.
 
         The key "perplexity" contains the perplexity of these texts. The key "prose" contains the scores that compare
-        the model with the unedited model. If there is no report on the unedited model, it contains an empty dict.
+        the model with the unedited model, or an empty dict if there is no report on the unedited model.
         """
         options = self.options
         if options.prose is None:
@@ -316,7 +316,8 @@ def _protocols(
     - In all other cases, :func:`choose_protocols` chooses the protocols.
 
     Raises:
-        EditError: these protocols differ from the protocols that ``options`` or the judge asks for.
+        EditError: the protocols of ``unedited`` differ from the protocol that ``options`` or the judge asks for, or a
+            judge is given and ``options.protocol`` is neither "auto" nor "exact".
     """
     given = None if options.protocols is None else Protocols(options.protocols)
     if judge is not exact_match:

@@ -57,15 +57,15 @@ class EvaluationOptions:
               its rephrases. It is meant for targets of several sentences, such as documents. It needs one more answer
               per prompt, as long as the target.
         protocol: how answers are judged: "leading", "exact", "contains", "wild", "teacher_forced" or "probability", or
-            a list of them. :mod:`kedit_train.evaluation.scoring.protocols` explains each protocol. The first one gives
-            the headline scores (the scores that a report shows first). "auto" usually means "exact". With "auto" and
-            plain prompts, ``evaluate`` first generates the unedited model's answers to up to 16 of the prompts. If the
-            model often goes on after its answer instead of generating an end token, "auto" means
-            ["leading", "probability"].
+            a list of them. :mod:`kedit_train.evaluation.scoring.protocols` explains each protocol. In a list, the
+            first protocol gives the headline scores (the scores that a report shows first). "auto" usually means
+            "exact". With "auto" and plain prompts, ``evaluate`` first generates the unedited model's answers to up to
+            16 of the prompts. If the model often goes on after its answer instead of generating an end token, "auto"
+            means ["leading", "probability"].
         batch_size: prompts per forward pass. The scores do not depend on the batch size.
         max_new_tokens: maximum length of an answer, in tokens, with the protocols "exact", "contains" and "wild". If
-            ``protocol`` contains none of these three, the maximum length is instead that of the longest accepted
-            answer, plus three tokens.
+            ``protocol`` contains none of these three, the maximum length is the length of the longest accepted
+            answer plus three tokens.
         prose: unrelated texts, as a list of strings, a path, a dataset, or "world" (the bundled texts). Three values
             are measured on the texts: the perplexity, the KL divergence from the unedited model, and the agreement with
             the unedited model. None: not measured.
@@ -119,7 +119,7 @@ class EvaluationOptions:
 
     @property
     def protocols(self) -> tuple[Protocol, ...] | None:
-        """The protocols in ``protocol``. The first one gives the headline scores. None if ``protocol`` is "auto"."""
+        """The names in ``protocol``, or None if ``protocol`` is "auto". The first one gives the headline scores."""
         if self.protocol == "auto":
             return None
         return (self.protocol,) if isinstance(self.protocol, str) else tuple(self.protocol)

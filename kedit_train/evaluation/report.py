@@ -81,7 +81,8 @@ class Report(ReportData):
             answers: maximum number of rows in each of three tables: the edits, the rephrased prompts without the
                 new answer, and the changed locality answers.
             delta: the :class:`~kedit_train.delta.EditDelta` of the edit, from which the change of the weights is read.
-                None takes the change that the evaluation measured, if it was given the weights before the edit.
+                With None, the page shows the change that the evaluation measured, if the evaluation was given the
+                weights before the edit.
         """
         norms = None if delta is None else delta.norms()
         return page(f"{HEADING} {self.meta['data_name']}", render_html(self, answers, norms))

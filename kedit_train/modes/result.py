@@ -162,8 +162,8 @@ class ModeResult:
         """Write the result atomically.
 
         Args:
-            path: the file. A name that ends in ``.png`` gets a plot of the retention curve, a name that ends in
-                ``.md`` gets Markdown, a name that ends in ``.html`` gets HTML, and any other name gets JSON.
+            path: the file. The ending of its name sets the format: ``.png`` (a plot of the retention curve), ``.md``
+                (Markdown) or ``.html`` (HTML). With any other ending, the format is JSON.
 
         Returns:
             The path.

@@ -92,8 +92,9 @@ def run_edits(
         A :class:`~kedit_train.modes.ModeResult`.
 
     Raises:
-        EditError: there are no edits, two edits contradict each other in the mode "batch", an argument does not
-            apply to the mode, ``train`` returned another model, or (in "single") the model cannot be restored.
+        EditError: there are no edits, an argument does not apply to the mode, or ``train`` returned another model. The
+            error is also raised if two edits contradict each other in the mode "batch", or if the model cannot be
+            restored in the mode "single".
 
     References:
         "Fine-tuning Done Right in Model Editing", arXiv 2509.22072.

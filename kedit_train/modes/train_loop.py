@@ -38,8 +38,9 @@ class ExampleOptions:
             model is tested once, before its first training, and the decision is printed.
         extra_edits: additional edits to train: a list, or a function ``function(edits) -> list``. The function is
             called once per training, with the edits of this training. ``kedit_train.augmentation.augmentation`` creates
-            such a function. If it has rewritten targets, the loop trains the edits with these targets. The arguments
-            ``batch_size`` and ``stop_loss`` of :class:`TrainLoop` treat additional edits like all other edits.
+            such a function. If that function has rewritten targets, the loop trains the edits with these targets. The
+            arguments ``batch_size`` and ``stop_loss`` of :class:`TrainLoop` treat additional edits like all other
+            edits.
 
     Example:
         >>> from kedit_train.modes import ExampleOptions

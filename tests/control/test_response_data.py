@@ -201,7 +201,11 @@ def needs_answers(prompts: Any, completions: Any, answers: Any) -> list[float]:
             "FactReward: the edits must contain 'The' as a prompt, a rephrase",
         ),
         ({"cache_dir": os.devnull + "/states"}, [], "because /dev/null is not a folder; change the path."),
-        ({}, [ControlMetrics(["The"], step_size=1)], "ControlMetrics: prompts must not be trained on, but 'The' is"),
+        (
+            {},
+            [ControlMetrics(["The"], step_size=1)],
+            "ControlMetrics: prompts must not contain a prompt of the ResponseDataModule, got 'The'",
+        ),
         (
             {},
             [ControlMetrics(["A"], step_size=1, layers=[0])],

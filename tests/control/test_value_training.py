@@ -298,7 +298,9 @@ def test_the_metrics_control_only_the_given_layers(monkeypatch: pytest.MonkeyPat
 
 def test_a_trained_prompt_is_not_measured() -> None:
     data = ResponseDataModule(PROMPTS, reward=ShortAnswer(), sampling=SHORT)
-    with pytest.raises(EditError, match="ControlMetrics: prompts must not be trained on, but 'The' is"):
+    with pytest.raises(
+        EditError, match="ControlMetrics: prompts must not contain a prompt of the ResponseDataModule, got 'The'"
+    ):
         trainer(callbacks=[ControlMetrics(["The"], step_size=1)]).fit(ValueModule(width=8), data)
 
 

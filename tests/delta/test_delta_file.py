@@ -103,7 +103,10 @@ def resealed(tmp_path: Path, change: Any) -> Path:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda text, tensors: text.update(format=2), "the file has format 2, but this version reads format 1"),
+        (
+            lambda text, tensors: text.update(format=2),
+            "the file has format 2, but this version of kedit-train reads format 1",
+        ),
         (lambda text, tensors: text["tensors"]["c"].update(shape=[10**12]), None),
         (
             lambda text, tensors: text["tensors"]["c"].update(shape=[3]),

@@ -95,14 +95,15 @@ def run(args: Namespace) -> int:
 def _relation(cosine: float, weight: float, other_weight: float) -> dict[str, Any]:
     """Classify two deltas by their cosine, and return whether their merge is likely to contain both edits.
 
-    ``add`` is True only if both weights are positive, because a delta with a negative weight is subtracted.
+    In the result, ``kind`` is the class. ``add`` is True if the merge is likely to contain both edits. It is never True
+    if one of the weights is 0 or negative, because a delta with a negative weight is subtracted.
 
     The classes are "irrelevant" (cosine from -0.1 to 0.1), "similar" (above 0.1) and "opposite" (below -0.1). A small
     cosine counts as irrelevant, because the cosine of two random directions in n dimensions is typically about
     1 / sqrt(n) in size. "When is Task Vector Provably Effective for Model Editing?" (arXiv 2504.10957) studies a
     one-layer Transformer. The paper proves that adding task vectors works for irrelevant and for aligned tasks.
-    However, a cosine above 0.1 does not show that two edits are aligned: edits that give different answers to the same
-    prompts also have such a cosine, because they change the same layer inputs.
+    However, a cosine above 0.1 does not show that two edits are aligned. Edits that give different answers to the same
+    prompts also have a cosine above 0.1, because their weight changes act on the same layer inputs.
     """
     kind = "irrelevant" if abs(cosine) <= 0.1 else "similar" if cosine > 0 else "opposite"
     both = weight > 0 and other_weight > 0

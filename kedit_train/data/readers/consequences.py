@@ -24,13 +24,15 @@ def read_ripple_edits(record: Fields) -> list[Edit]:
     """Read a record of RippleEdits.
 
     ``edit.prompt`` is a full sentence, such as "The gender of Ada is female.". It is split after its last "is", "are",
-    "follows" or "is followed by". If the record has a ``previous_fact``, the split is within the beginning that
-    ``edit.prompt`` shares with the sentence of the previous fact. The rest of that sentence becomes the old answer. The
-    record names the subject only by a Wikidata identifier, so the edit has no subject.
+    "follows" or "is followed by". If the record has a ``previous_fact``, the sentence of this fact begins with the
+    same words as ``edit.prompt``. ``edit.prompt`` is then split within these words, and the rest of the sentence of the
+    previous fact becomes the old answer. The record names the subject only by a Wikidata identifier, so the edit has no
+    subject.
 
-    The six criteria keep their names as kinds. ``Relation_Specificity`` and ``Forgetfulness`` become locality
-    questions. The other four criteria become portability questions. ``test_condition`` and ``condition_queries``
-    (questions that the unedited model must answer for a test to count) are not read.
+    RippleEdits has test questions for six criteria. The names of the criteria become the kinds of the questions. The
+    questions of ``Relation_Specificity`` and ``Forgetfulness`` become locality questions. Those of the other four
+    criteria become portability questions. ``test_condition`` and ``condition_queries`` (questions that the unedited
+    model must answer for a test to count) are not read.
 
     References:
         "Evaluating the Ripple Effects of Knowledge Editing in Language Models", arXiv 2307.12976.

@@ -28,8 +28,8 @@ def read(record: Fields) -> list[Edit]:
     """Read a document: the model is trained to write ``text`` after ``title``.
 
     The prompt of the edit is the title and an empty line. The target is the text, so all its tokens are trained.
-    ``questions`` about the document become portability questions, of the kind "questions" unless the record names
-    kinds. ``subject`` and ``locality`` are read as in the format of kedit-train.
+    ``questions`` about the document become portability questions. If the record names no kinds, their kind
+    is "questions". ``subject`` and ``locality`` are read as in the format of kedit-train.
     """
     # The text is read first, so that a record of another format is reported with the field that every document has.
     text = record.answer("text")
@@ -61,8 +61,8 @@ def read_path(path: Path) -> tuple[list[Any], list[str]]:
 
     Returns:
         The records, as :func:`read_file` returns them, and for each record its file and its number in this file, for
-        messages. In a folder, an ``EditError`` (not raised) stands in place of an empty document and of a file that
-        cannot be read.
+        messages. For each empty document and each unreadable file in a folder, the list contains an ``EditError`` (not
+        raised) instead of a record.
 
     Raises:
         EditError: the path does not exist, the file cannot be read, or a folder has no file with a known ending.
@@ -112,7 +112,7 @@ def _read_folder(folder: Path) -> tuple[list[Any], list[str]]:
 
 
 def _read_records(path: Path, name: str) -> list[Any]:
-    """Read a file of records in a folder. Records without an identifier get the name of the file and their number."""
+    """Read a file of records in a folder. A record without an identifier gets one: file name and number."""
     records: list[Any] = []
     for number, record in enumerate(read_file(path), start=1):
         if isinstance(record, dict):
@@ -142,7 +142,7 @@ def _read_text_file(path: Path, name: str) -> dict[str, Any] | EditError:
 
 
 def _titled(record: Any, stem: str, number: int) -> Any:
-    """Return a record. If it is a document without a title, its title becomes the name of its file and its number."""
+    """Return a record. A document without a title gets the name of its file and its number as title."""
     if not _is_document(record) or not is_blank(record.get("title")):
         return record
     return {**record, "title": f"{_from_stem(stem)} {number}"}

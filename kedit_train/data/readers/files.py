@@ -145,7 +145,10 @@ def read_csv(path: Path) -> list[Any]:
 
 @contextmanager
 def _long_cells() -> Iterator[None]:
-    """Let the csv module read cells of any length in the block. The limit belongs to the process, so it is restored."""
+    """Context manager: let the csv module read cells of any length.
+
+    The csv module has one length limit for the whole process. The old limit is restored afterwards.
+    """
     limit = csv.field_size_limit(_CELL_LENGTH)
     try:
         yield

@@ -24,8 +24,8 @@ class Format:
         structured: names of the fields that contain lists or mappings. In a CSV file, a cell of such a field contains
             JSON or texts separated by ``|``.
         ignored_prefixes: beginnings of the names of further fields that are known but not read.
-        extends: names of other formats. A record of this format has the fields of such a format and further fields. A
-            record that has this format does not count as a record of those other formats.
+        extends: names of the formats that this format extends: its records also have the fields of one of these
+            formats. A record that has this format does not count as a record of the formats that it extends.
     """
 
     name: str

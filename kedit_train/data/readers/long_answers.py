@@ -89,18 +89,19 @@ def _akew_edit(record: Fields, rewrite: Fields) -> Edit:
 
 
 def _triplet_prompt(triplet: Fields) -> str:
-    """Return the prompt of an extracted triplet. A few prompts name the subject themselves."""
+    """Return the prompt of an extracted triplet. A few prompts already contain the subject."""
     prompt = triplet.text("prompt")
     return prompt.replace("{}", triplet.text("subject")) if "{}" in prompt else prompt
 
 
 def read_leme(record: Fields) -> list[Edit]:
-    """Read a record of LEME: a record of CounterFact or ZsRE, with essay prompts about the subject and its relatives.
+    """Read a record of LEME: a record of CounterFact or ZsRE, with additional essay prompts.
 
     The essay prompt about the subject becomes a portability question of the kind ``essay_subject``, whose answer is the
     new target. Evaluate it with the protocol "contains" and several hundred tokens: the essay should state the new
-    fact. The essay prompts about coupled entities become questions of the kind ``essay_coupled_entity`` without an
-    answer, because the benchmark judges these essays with a survey. The lists of properties are not read.
+    fact. The essay prompts about entities that are related to the subject (``coupled_entities``) become questions of
+    the kind ``essay_coupled_entity`` without an answer, because the benchmark judges these essays with a survey. The
+    lists of properties are not read.
 
     References:
         "Long-form evaluation of model editing", arXiv 2402.09394.

@@ -170,7 +170,7 @@ def decode_greedily(
 def continue_greedily(
     batch: PromptBatch, logits: Tensor, limits: Sequence[int], is_end: Callable[[int], bool]
 ) -> list[Continuation]:
-    """Generate the most probable tokens for each sequence of a batch that the model has read.
+    """Continue each sequence of a batch with the most probable tokens. The model has already read the sequences.
 
     Args:
         batch: the batch, with one row per sequence.

@@ -1,9 +1,9 @@
 """``generate_answers``: generate a model's answers to prompts with greedy decoding.
 
 An edit is judged by the text that the model generates freely. Two common shortcuts are teacher forcing and cutting the
-output at the length of the true answer. They nearly triple the measured success (Yang et al., "The Mirage of Model
-Editing", arXiv 2502.11177). An answer ends at end-of-text or at the first line break. An answer never ends at a full
-stop, because "St. Louis" is one answer.
+output at the length of the true answer. These shortcuts nearly triple the measured success (Yang et al., "The Mirage of
+Model Editing", arXiv 2502.11177). An answer ends at end-of-text or at the first line break. An answer never ends at a
+full stop, because "St. Louis" is one answer.
 """
 
 from __future__ import annotations
@@ -122,8 +122,8 @@ def generate_answers(
     Equal prompts run only once. Prompts are sorted by length and padded on the left, with an explicit attention
     mask and explicit position ids. An answer therefore does not depend on the batch size or the tokenizer's padding
     side. There is one exception: if the two largest logits differ by no more than the rounding error of the model's
-    dtype, another token may be generated. ``Answer.margin`` is the smallest of these differences in an answer. The
-    model's own generation settings (sampling, penalties, forced tokens) are ignored.
+    dtype, another token may be generated. ``Answer.margin`` is the smallest difference between the two largest logits
+    in an answer. The model's own generation settings (sampling, penalties, forced tokens) are ignored.
 
     Args:
         model: a causal language model of transformers, or a PEFT model around one. The model is left unchanged.

@@ -22,7 +22,7 @@ MAX_LOGITS = 2**28
 
 
 def accepts_argument(model: Any, argument: str) -> bool:
-    """Return True if ``forward`` of the model has this argument. For a PEFT model, its base model is inspected."""
+    """Return True if ``forward`` of the model has an argument of this name. For PEFT, the base model is inspected."""
     return argument in inspect.signature(base_model(model).forward).parameters
 
 

@@ -70,7 +70,7 @@ def probe_requests(
             one probe: a completion is rewritten as a question, and a question as a completion. "resurgence" adds three
             probes: one denies the old answer ("Built on Sand", arXiv 2510.00625), and two offer the old and the new
             answer as a choice, once in each order. "fluency" adds a long continuation of the prompt.
-            "overlap" adds an answer as long as the target, to the prompt and to each rephrase.
+            "overlap" asks the prompt and each rephrase again, for an answer as long as the target.
         prefixes: the sentences for "prefixes".
         seed: seed for drawing the prefixes. The draw also depends on ``name``.
         prompt_format: the format of the prompts. With the format "question", the metric "format" rewrites every prompt

@@ -1,4 +1,4 @@
-"""The parts of which every HTML page is made: the page, its style, tables and key figures.
+"""The parts of an HTML report: the frame of the page, its style, tables and key figures.
 
 A page is one file without scripts and without links to other files. All texts are escaped by the functions of this
 module, except arguments that are described as HTML. Colors are semi-transparent or inherited, so that a page and the
@@ -93,7 +93,7 @@ class Cell:
 
 
 def fragment(body: str) -> str:
-    """Return ``body`` (HTML) with its style, for a notebook."""
+    """Return ``body`` (HTML) together with the style sheet, for a notebook."""
     return f'<div class="kedit"><style>{_STYLE}</style>\n{body}\n</div>'
 
 
@@ -118,10 +118,10 @@ def table(
     """Return a table.
 
     Args:
-        head: the cells of the first row. The cells of each column have the style of its head, unless they have their
-            own.
+        head: the cells of the first row. A cell below without a style of its own has the style of the cell in the first
+            row of its column.
         rows: the cells of the other rows.
-        styles: class of each row: "part", "strong" or empty. May be empty.
+        styles: class of each of the other rows: "part", "strong" or an empty text. Default: no row has a class.
         cards: on narrow screens, show each row as a list of lines "column: cell".
     """
     lines = [
@@ -146,7 +146,7 @@ def _row(head: Sequence[Cell], cells: Sequence[Cell], tag: str) -> str:
 
 
 def figures(values: Sequence[tuple[str, str, str]]) -> str:
-    """Return a row of key figures. Each is a tuple of plain texts: name, figure, and what stands below it."""
+    """Return a row of key figures. Each is a tuple of plain texts: name, figure, text below the figure."""
     boxes = (
         f'<div>{escape(name)}<b>{escape(figure)}</b><span class="dim">{escape(below)}</span></div>'
         for name, figure, below in values

@@ -37,7 +37,7 @@ def render_html(report: ReportData, answers: int, norms: Mapping[str, Mapping[st
         answers: maximum number of rows in each of three tables: the edits, the rephrased prompts without the
             new answer, and the changed answers to other prompts.
         norms: the norms of the weight change per tensor, as ``EditDelta.norms`` returns them. None: the norms that the
-            evaluation measured, if it was given the weights before the edit.
+            evaluation measured, if the evaluation was given the weights before the edit.
     """
     by_tensor = report.meta.get(BY_TENSOR, {}) if norms is None else norms
     parts = [*_scores(report), *_positions(report), *_answers(report, answers), *drift_section(by_tensor)]
@@ -143,7 +143,7 @@ def _answer_cells(result: ProbeResult, compared: bool, with_target: bool) -> Ite
 
 
 def _isolated(html: str) -> str:
-    """Return ``html`` in an element that keeps characters for right-to-left text from changing the rest of the page."""
+    """Put ``html`` into an element, so that right-to-left text in it does not change the text around it."""
     return f"<bdi>{html}</bdi>"
 
 

@@ -80,7 +80,10 @@ class ScoreLine:
 
     @property
     def basis(self) -> Score:
-        """The score whose interval and number of probes the line shows: the edited model's, if it has probes."""
+        """The score of the edited model if it has probes, otherwise the score of the unedited model.
+
+        The line shows the interval and the number of probes of this score.
+        """
         return self.edited if self.edited.n else self.unedited
 
 

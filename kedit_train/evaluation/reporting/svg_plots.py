@@ -37,7 +37,7 @@ class Point:
 
 
 def interval_bar(edited: Score, unedited: Score) -> str:
-    """Return a bar from 0 to 1: the interval of a score as a line, the score as a dot, the unedited score as a ring."""
+    """Return a bar from 0 to 1 with an interval (line), a score (dot), and the score of the unedited model (ring)."""
     low, high = (edited.low, edited.high) if edited.low is not None else (edited.value, edited.value)
     parts = ['<line x1="4" x2="116" y1="5" y2="5" stroke="currentColor" stroke-opacity=".25"/>']
 
@@ -55,7 +55,10 @@ def interval_bar(edited: Score, unedited: Score) -> str:
 
 
 def layer_bars(layers: Sequence[LayerDrift]) -> str:
-    """Return one horizontal bar per layer. Its length is the relative change, or the norm if a layer has none."""
+    """Return one horizontal bar per layer. Its length is the relative change of the layer.
+
+    If the relative change of a layer is unknown, the length of every bar is the norm of the change.
+    """
     relative = all(layer.relative is not None for layer in layers)
     values = [(layer.relative if relative else layer.change) or 0.0 for layer in layers]
     largest = max(values, default=0.0) or 1.0
@@ -74,7 +77,7 @@ def layer_bars(layers: Sequence[LayerDrift]) -> str:
 
 
 def scatter(points: Sequence[Point], x_label: str, y_label: str) -> str:
-    """Return points in the square from 0 to 1. Points that come later are drawn above the others."""
+    """Return points in the square from 0 to 1. Later points are drawn on top of earlier points."""
     parts = [_frame([(value, f"{value:g}") for value in (0, 0.25, 0.5, 0.75, 1)], x_label, y_label)]
     for point in points:
         x, y = _place(point.x, point.y)

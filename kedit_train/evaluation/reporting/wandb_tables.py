@@ -20,7 +20,7 @@ Table = tuple[list[str], list[list[Any]]]
 
 
 class Saveable(Protocol):
-    """A report that can write itself to a file, and as an HTML page."""
+    """A report that can be saved to a file and converted to an HTML page."""
 
     def save(self, path: Path) -> Path: ...
 

@@ -1,4 +1,4 @@
-"""A saved view of a W&B project: the scores of the edits first, then one section per question."""
+"""A saved view of a W&B project: the scores of the edits first, then one section per group of training metrics."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ def edit_workspace(project: str, *, name: str = "kedit-train") -> Any:
     """Return a view of a W&B project. Call ``save()`` of the result to create the view on the server of W&B.
 
     The first section shows the scores of the edits during training, a plot of the locality against the generality of
-    each run, the answers, and the report. Each of the other sections plots the metrics of one question.
+    each run, the answers, and the report. Each of the other sections plots one group of metrics. The title of a
+    section is a question that its metrics answer, such as "What must stay?".
 
     Args:
         project: the team or user, and the project, as ``"team/project"``.

@@ -37,12 +37,12 @@ MEN, WOMEN = ("David", "Frank", "Jack", "Peter"), ("Anna", "Clara", "Emma", "Hel
 
 @dataclass(frozen=True)
 class AbilityItem:
-    """A prompt with one right and several wrong ways to go on.
+    """A prompt with one right and several wrong continuations.
 
     Args:
         ability: "arithmetic", "grammar", "copying" or "reading".
         prompt: what the model reads.
-        choices: the ways to go on. The first one is right.
+        choices: the continuations. The first one is right.
     """
 
     ability: str

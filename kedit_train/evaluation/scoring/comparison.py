@@ -49,7 +49,10 @@ def compare_with_unedited(
 
 
 def _open_question(result: ProbeResult) -> str:
-    """Return ``result.question`` for an open text, else an empty text. Other questions share one answer per prompt."""
+    """Return "fluency" or "overlap" for a result of one of these metrics, otherwise an empty text.
+
+    These two metrics generate their own longer answers. All other questions share one answer per prompt.
+    """
     return result.question if result.question in OPEN else ""
 
 

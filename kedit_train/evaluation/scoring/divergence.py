@@ -111,9 +111,9 @@ def compute_divergences(
     for prompt in prompts:
         if prompt not in reference:
             raise EditError(
-                f"the result passed as unedited= has no distribution for {shorten(prompt)!r}; evaluate the unedited "
-                "model again in this process, on the same prompts, in a call without unedited=. If you call evaluate, "
-                'set EvaluationOptions(metrics=["kl"]). A report that is loaded from a file has no distributions.'
+                f"the result passed as unedited= has no distribution for {shorten(prompt)!r} (a report from a file has "
+                "no distributions at all); evaluate the unedited model again in this process, on the same prompts, in "
+                'a call without unedited=. If you call evaluate, also set EvaluationOptions(metrics=["kl"]).'
             )
     sequences = [reference[prompt].sequence for prompt in prompts]
     divergences: dict[str, tuple[float, ...]] = {}

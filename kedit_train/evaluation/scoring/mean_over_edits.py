@@ -1,6 +1,6 @@
 """MeanOverEdits: a torchmetrics metric with a bootstrap interval over edits.
 
-Only this file imports torchmetrics at its top, so that a run that does not use the class does not load the package.
+Only this file imports torchmetrics at its top. So only runs that use the class load torchmetrics.
 """
 
 from __future__ import annotations

@@ -195,7 +195,7 @@ def _ask_separately(
     protocols: Protocols,
     settings: dict[str, Any],
 ) -> tuple[dict[str, Answer], Scores]:
-    """Score the targets under teacher forcing, and generate the answer tokens that this pass does not give."""
+    """Score the targets under teacher forcing. Then generate only the answer tokens that are still unknown."""
     forced = dict(zip(pairs, teacher_forced(model, tokenizer, pairs, **settings), strict=True))
     is_end = AnswerEnd(unwrap_model(model), tokenizer, protocols.stops, settings["prompt_format"])
     starts: dict[str, tuple[list[int], float]] = {}
@@ -226,7 +226,7 @@ def _ask_together(
 
 
 def _rival(request: ProbeRequest, options: EvaluationOptions, protocols: Protocols) -> str | None:
-    """Return the rival, whose probability is compared with that of the preferred answer. None: nothing is compared."""
+    """Return the answer whose probability is compared with that of the preferred answer. None: no comparison."""
     if "probability" in protocols.names and request.accepted:
         if request.new_target not in (None, request.accepted[0]):
             return request.new_target

@@ -1,4 +1,4 @@
-"""Protocols: the rules that decide whether an answer is right, and whether it is the same as before.
+"""Protocols: the rules that decide whether an answer is right, and whether the edit changed it.
 
 A protocol defines how many tokens are generated, where an answer ends, and how the answer is compared:
 

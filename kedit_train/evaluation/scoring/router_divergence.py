@@ -27,8 +27,8 @@ MAX_PROMPTS = 64
 class RouterDivergence:
     """Compare the routers of the edited model with the routers of the unedited model, on fixed prompts.
 
-    An edit can change which experts a token is sent to, even if the weights of the routers are frozen, because it
-    changes the hidden states that the routers of later layers read.
+    An edit can change which experts a token is sent to, even if the weights of the routers are frozen. The reason is
+    that the edit changes the hidden states that the routers of later layers read.
 
     The prompts are the locality prompts of the edits, or the edits' own prompts if there are no locality prompts. At
     most ``MAX_PROMPTS`` prompts are used, evenly spaced over the edits. The logits of the routers are stored when the

@@ -65,7 +65,7 @@ class Trial:
 
     @property
     def score(self) -> float:
-        """The harmonic mean of generality and locality. If only one of the two was measured, the score is this one."""
+        """The harmonic mean of generality and locality. If only one was measured, the score is that one."""
         values = self._measured
         return len(values) / sum(1 / value for value in values) if values and all(values) else 0.0
 
@@ -171,8 +171,8 @@ def rank(trials: Sequence[Trial]) -> list[Trial]:
 def pick(trials: Sequence[Trial]) -> tuple[Trial, str]:
     """Return the best trial and the rule by which it was picked. All trials must be on the same edits.
 
-    Reliable settings of ``kedit_default`` are replaced only if another score is higher by at least ``MARGIN``. On few
-    edits, smaller differences are often random.
+    If the settings of ``kedit_default`` are reliable, they are replaced only by settings whose score is higher by at
+    least ``MARGIN``. On few edits, smaller differences are often random.
 
     Args:
         trials: at least one trial.

@@ -89,7 +89,7 @@ class TuneResult:
         return f"Settings for {self.meta['model']}"
 
     def notes(self) -> list[str]:
-        """Return the lines below the table: the columns, the runs without a result, and how a setting was picked."""
+        """Return the lines below the table: column meanings, runs that were not started, and the picked setting."""
         lines = [
             f"reliability and generality: protocol {self.meta['protocol']}. locality: fraction of the first tokens of "
             "the unedited model's answers that do not change. score: harmonic mean of generality and locality. front: "

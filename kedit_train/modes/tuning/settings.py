@@ -1,4 +1,4 @@
-"""The settings that ``tune`` tries, and the callbacks of a setting."""
+"""The combinations of settings that ``tune`` tries, and the callbacks of a run with one combination."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class TuneSetting:
         layers: the layers to train, as in ``ParameterScope``.
         modules: the modules to train, as in ``ParameterScope``.
         step_size: the predicted reduction of the loss per step, as a fraction of the loss, as in ``PolyakStep``.
-        energy: the fraction of the inputs' energy that is preserved, as in ``NullSpace``.
+        energy: the fraction of the energy of the layer inputs that is preserved, as in ``NullSpace``.
         kl_weight: weight of ``KLLocality``. 0 leaves the callback out.
 
     Example:
@@ -125,8 +125,8 @@ class TuneGrid:
 
         The settings of the recipe ``kedit_default`` come first, if the grid contains them. All other settings are
         sorted by KL weight (smallest first), then by layers (in the order of the grid), then by step size (largest
-        first), because runs without ``KLLocality`` and runs with large steps are fast. If the budget is small, the last
-        settings are left out. Of several equally good settings, the first one is picked.
+        first). So fast runs come first: runs without ``KLLocality`` and runs with large steps. If the budget is small,
+        the last settings are left out. Of several equally good settings, the first one is picked.
         """
         kl_weights = sorted({float(weight) for weight in self.kl_weights})
         step_sizes = sorted({float(step) for step in self.step_sizes}, reverse=True)

@@ -62,9 +62,9 @@ def tune(
         keep: texts on which predictions should stay the same: a file, a list, a dataset, "world" (the bundled texts) or
             a ``Texts``. Texts that contain an evaluation prompt of the edits are left out.
         grid: the settings to try. None: ``TuneGrid()``.
-        budget: time in seconds. Every round, and the run on the held-out half, has an equal share of it. A round starts
-            no further run after the end of its share. At least one setting is tried, and the run on the held-out half
-            is always made, so a very small budget is exceeded. None: no limit.
+        budget: time in seconds. Every round, and the run on the held-out half, has an equal share of this time. A round
+            starts no further run after the end of its share. At least one setting is tried, and the run on the held-out
+            half is always made, so a very small budget is exceeded. None: no limit.
         folder: a folder for the results and for the statistics of the texts. If ``tune`` is called again with the
             same folder, it does not repeat finished runs. None: a temporary folder that is removed at the end.
         options: how the runs are evaluated. Its ``prompt_format`` is also the format of the training examples. None:
@@ -77,9 +77,9 @@ def tune(
         scores. Its methods write a recipe and a W&B sweep file.
 
     Raises:
-        EditError: the edits have fewer than two subjects, the edits have neither rephrases nor locality probes, two
-            edits contradict each other, the texts cannot be read, a scope matches no weight, the model is sharded, or
-            all runs of the first round fail.
+        EditError: the edits have fewer than two subjects, have neither rephrases nor locality probes, or contradict
+            each other. The error is also raised if the texts cannot be read, a scope matches no weight, the model is
+            sharded, or all runs of the first round fail.
 
     References:
         Non-stochastic Best Arm Identification and Hyperparameter Optimization (successive halving), arXiv 1502.07943.
@@ -149,9 +149,9 @@ def _halve(
     deadlines: list[float],
     bar: Any,
 ) -> tuple[list[Trial], list[tuple[int, TuneSetting]]]:
-    """Run successive halving. Return the trials, and the number of edits and the setting of each run left out.
+    """Run successive halving. Return the trials, and the runs that were left out because the budget was spent.
 
-    A run is left out if the budget is spent.
+    Each run that was left out is a pair: the number of edits, and the setting.
     """
     trials: list[Trial] = []
     cut_off: list[tuple[int, TuneSetting]] = []
@@ -192,7 +192,7 @@ def _subset(edits: EditDataset, numbers: Sequence[int]) -> EditDataset:
 
 @contextmanager
 def _work_folder(folder: str | Path | None) -> Iterator[Path]:
-    """Create the folder, or a temporary folder that is removed at the end."""
+    """Create ``folder``. If it is None, create a temporary folder that is removed at the end."""
     if folder is None:
         with tempfile.TemporaryDirectory() as temporary:
             yield Path(temporary)
