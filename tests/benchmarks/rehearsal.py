@@ -203,19 +203,30 @@ def measured_table(rows: list[dict[str, Any]]) -> str:
     return table(head, [cells for _, cells in ordered])
 
 
-def needs_table() -> str: """Return the table of what an edit of large models needs, by formula.""" columns = [] for
-name, config in formulas.MODELS.items(): model = formulas.on_meta(config()) modules = "self_attn.o_proj.weight" if
-"A22B" in name else MODULES for label, layers in (("1 layer", 0.7), ("0.5-0.8", "0.5-0.8")): columns.append((f"{name},
-{label}", formulas.Scope.of(model, layers, modules))) gigabytes = { "weights in bf16": formulas.weights, "scope: fp32
-weights and their values before the edit": formulas.scope_bytes, "peak of a step of Adam": formulas.step_bytes, "peak
-while `NullSpace` reads many texts, with the scope": lambda scope: ( formulas.scope_bytes(scope) +
-formulas.statistics_bytes(scope, 10**6) ), "peak of a step with `NullSpace`, with the largest possible memory for its
-directions": lambda scope: ( formulas.null_space_step_bytes(scope) + formulas.directions_bytes(scope,
-scope.shapes[0][-1] // 2) ), "`PrefixCache` or `KLLocality`, 100,000 tokens": lambda scope:
-formulas.hidden_state_bytes(scope, 100_000), "delta file": formulas.delta_bytes, } body = [[label, *(f"{of(scope) /
-1e9:,.1f}" for _, scope in columns)] for label, of in gigabytes.items()] first = ["edited entries, millions",
-*(f"{scope.entries / 1e6:,.0f}" for _, scope in columns)] return table(["GB", *(name for name, _ in columns)], [first,
-*body])
+def needs_table() -> str:
+    """Return the table of what an edit of large models needs, by formula."""
+    columns = []
+    for name, config in formulas.MODELS.items():
+        model = formulas.on_meta(config())
+        modules = "self_attn.o_proj.weight" if "A22B" in name else MODULES
+        for label, layers in (("1 layer", 0.7), ("0.5-0.8", "0.5-0.8")):
+            columns.append((f"{name}, {label}", formulas.Scope.of(model, layers, modules)))
+    gigabytes = {
+        "weights in bf16": formulas.weights,
+        "scope: fp32 weights and their values before the edit": formulas.scope_bytes,
+        "peak of a step of Adam": formulas.step_bytes,
+        "peak while `NullSpace` reads many texts, with the scope": lambda scope: (
+            formulas.scope_bytes(scope) + formulas.statistics_bytes(scope, 10**6)
+        ),
+        "peak of a step with `NullSpace`, with the largest number of stored directions": lambda scope: (
+            formulas.null_space_step_bytes(scope) + formulas.directions_bytes(scope, scope.shapes[0][-1] // 2)
+        ),
+        "`PrefixCache` or `KLLocality`, 100,000 tokens": lambda scope: formulas.hidden_state_bytes(scope, 100_000),
+        "delta file": formulas.delta_bytes,
+    }
+    body = [[label, *(f"{of(scope) / 1e9:,.1f}" for _, scope in columns)] for label, of in gigabytes.items()]
+    first = ["edited entries, millions", *(f"{scope.entries / 1e6:,.0f}" for _, scope in columns)]
+    return table(["GB", *(name for name, _ in columns)], [first, *body])
 
 
 def report() -> str:
