@@ -218,7 +218,7 @@ def needs_table() -> str:
         "peak while `NullSpace` reads many texts, with the scope": lambda scope: (
             formulas.scope_bytes(scope) + formulas.statistics_bytes(scope, 10**6)
         ),
-        "peak of a step with `NullSpace` and the most directions": lambda scope: (
+        "peak of a step with `NullSpace`, with the largest number of stored directions": lambda scope: (
             formulas.null_space_step_bytes(scope) + formulas.directions_bytes(scope, scope.shapes[0][-1] // 2)
         ),
         "`PrefixCache` or `KLLocality`, 100,000 tokens": lambda scope: formulas.hidden_state_bytes(scope, 100_000),
