@@ -76,7 +76,7 @@ def run(arguments: Sequence[str]) -> int:
     options, target, rest = split(arguments)
     if target is None:
         print(usage())
-        return 0 if rest else 2
+        return 0 if rest in (["-h"], ["--help"]) else 2
     script, script_arguments = command(target, rest)
     launch, parsed = read_options([*options, "--", str(script), *script_arguments])
     processes = count_processes(launch, parsed)

@@ -64,6 +64,12 @@ def test_a_wrong_option_is_refused(given: list[str]) -> None:
         launcher.split(given)
 
 
+@pytest.mark.parametrize(("given", "code"), [(["-h"], 0), (["--help"], 0), ([], 2), (["--", "x"], 2)])
+def test_without_a_recipe_the_usage_is_shown(given: list[str], code: int, capsys: pytest.CaptureFixture[str]) -> None:
+    assert launcher.run(given) == code
+    assert "quickstart" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("name", ["quickstart", "quickstart.yaml", "recipes/quickstart.yaml"])
 def test_a_recipe_starts_the_shared_script(started: list, name: str, monkeypatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
