@@ -149,7 +149,8 @@ def draw(groups: dict[tuple[str, str], Rows], path: Path) -> None:
 
 def notes(model: str, rows: Rows, mode: str = "batch") -> str:
     """Return the line below a table of SmolLM2: scores of the unedited model, learning rates and numbers of texts."""
-    every = [row for each in rows.values() for row in each]
+    # A draw counts once, however many recipes were measured on it.
+    every = [*{row.get("draw"): row for each in rows.values() for row in each}.values()]
     given = [f"{name} {mean(every, f'{name} before'):.2f}" for name in ("PS", "NS") if mean(every, f"{name} before")]
     parts = [f"Scores of the unedited model: {', '.join(given)}."] if given else []
     known = LEARNING_RATES.get(model.removesuffix("_zsre"), {})

@@ -85,6 +85,10 @@ def test_the_table_of_smollm2_has_other_columns_and_names_rates_and_texts(module
     assert text.endswith("Number of texts: `second_order` 1,700.")
     assert f"`ft_m` {rates['ft_m'] / 5:g}" in report.notes("smollm2", rows, "single")
     assert report.notes("world", {"ft_m": row(1.0, 0.9, 0.8)}) == ""
+    # Both recipes were measured on draw 1, and only one of them on draw 2.
+    draws = [one | {"draw": 1}, one | {"draw": 2, "PS before": 0.4, "NS before": 0.5}]
+    text = report.notes("smollm2", {"ft_m": draws, "second_order": draws[:1]})
+    assert text.startswith("Scores of the unedited model: PS 0.35, NS 0.60.")
 
 
 def test_times_are_relative_to_ft_m_on_the_same_machine_and_the_last_result_of_a_draw_counts(module: Any) -> None:
