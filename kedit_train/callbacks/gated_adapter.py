@@ -295,8 +295,8 @@ class GatedAdapter(EditCallback):
         self._warned = True
         warn(
             f"{closed} of {self._rows} training examples do not open the gate, so the adapter does not learn them; "
-            "each example must contain a prompt of edits=, in the prompt format that the gate expects (in a plain loop, set "
-            "it with editing(prompt_format=))."
+            "each example must contain a prompt of edits=, in the prompt format that the gate expects (in a plain "
+            "loop, set it with editing(prompt_format=))."
         )
 
     def _count(self, backbone: Any, args: Any, output: Any) -> None:
