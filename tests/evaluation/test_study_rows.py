@@ -310,7 +310,8 @@ def test_a_lightning_run_splits_documents_and_writes_study_rows(
     assert len(data.edits) == 2
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     trainer = L.Trainer(accelerator="cpu", max_epochs=1, enable_model_summary=False, **quiet)  # type: ignore[arg-type]
-    with pytest.warns(UserWarning, match=r"1 of 2 edits of news have more than 100 tokens and were split; \d edits"):
+    counts = r"1 of 2 edits of news have more than 100 tokens and were split; there are now \d edits"
+    with pytest.warns(UserWarning, match=counts):
         trainer.fit(module, data)
     assert len(data.edits) > 3
     assert data.edits[1].prompt == "long (part 2)\n\n"
