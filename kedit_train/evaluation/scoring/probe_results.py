@@ -138,11 +138,11 @@ def answer_requests(
 ) -> tuple[list[ProbeResult], dict[str, Answer]]:
     """Generate the model's answer to every probe, and score the preferred answer under teacher forcing.
 
-    The model usually reads each prompt once, for the teacher-forced scores and for the generated answer. If "exact" is
-    the only protocol, or if ``can_share_prompts(model)`` is False, the model reads each prompt twice: first for the
-    teacher-forced scores, then to generate the answer. The teacher-forced pass already shows the beginning of the
-    generated answer, up to and including the first token that differs from the preferred answer. So only the tokens
-    after it are generated. A probe without an accepted answer has no teacher-forced score.
+    If "exact" is the only protocol, or if ``can_share_prompts(model)`` is False, the model reads each prompt twice:
+    first for the teacher-forced scores, then to generate the answer. The teacher-forced pass already shows the
+    beginning of the generated answer, up to and including the first token that differs from the preferred answer. So
+    only the tokens after it are generated. In all other evaluations, the model reads each prompt once, both for the
+    teacher-forced scores and to generate the answer. A probe without an accepted answer has no teacher-forced score.
 
     Args:
         model: the model. It is left unchanged.
