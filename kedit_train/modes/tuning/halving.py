@@ -13,7 +13,7 @@ from kedit_train.edit import Edit
 from kedit_train.errors import EditError
 from kedit_train.modes.tuning.settings import RECOMMENDED, TuneSetting
 
-# The pick rule accepts a setting with at least this reliability.
+# A setting with at least this reliability is preferred to settings with a lower reliability.
 RELIABILITY = 0.95
 RULE = f"reliability of at least {RELIABILITY}, then the highest harmonic mean of generality and locality"
 # The settings of kedit_default are kept if no other score is higher than theirs by at least this much.

@@ -44,7 +44,8 @@ def tune(
     The edits are split into a tuning half and a held-out half. The first round tries every setting of the grid on a few
     edits of the tuning half. The second round tries the best third of the settings on more edits. The last round tries
     the best third of these settings on the complete tuning half. Each run starts from the unedited model. If the grid
-    contains the setting of the recipe ``kedit_default``, every round tries this setting, even if it is not in the best third.
+    contains the setting of the recipe ``kedit_default``, every round tries this setting, even if it is not in the
+    best third.
 
     The score of a setting is the harmonic mean of generality and locality. Among the settings with a reliability of at
     least 0.95, the setting with the highest score is picked. If the setting of ``kedit_default`` reaches this
