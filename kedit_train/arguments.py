@@ -53,7 +53,7 @@ def check_arguments(component: object, **arguments: tuple[Any, Rule]) -> None:
 
 
 def cut(text: str, width: int = 300) -> str:
-    """Return a text of at most ``width`` characters for a message. The middle of a longer text is left out.
+    """Shorten a text for a message to at most ``width`` characters, by leaving out its middle.
 
     Example:
         >>> cut("abcdefghijklmnopqrstuvwxyz", 15)

@@ -20,9 +20,9 @@ def writing(path: str | os.PathLike[str]) -> Iterator[Path]:
     The temporary path is in a hidden folder next to ``path``. When the block ends, all data is flushed to disk, and the
     temporary path is renamed to ``path`` in one step. An existing file is replaced. Parent folders are created.
 
-    If the block raises an error, the hidden folder is removed. If the process is killed, the hidden folder remains, and
-    may contain temporary files that the safetensors library wrote. The next call for the same path in the same
-    container removes this folder. A call in another container removes it if it has not changed for a day.
+    If the block raises an error, the hidden folder is removed. If the process is killed, the hidden folder remains. The
+    next call for the same path in the same container removes this folder. A call in another container removes it only
+    if the folder has not changed for a day.
 
     Several threads and processes may write the same path. Each call writes a complete file, and the file of the call
     that ends last remains.
@@ -98,10 +98,10 @@ def check_writable(path: str | os.PathLike[str]) -> None:
 
 
 def unfinished_name(path: Path) -> Path:
-    """Return the path of a new hidden folder next to ``path``, in which the unfinished file is written.
+    """Return an unused path for a hidden folder next to ``path``. The folder is for the unfinished file.
 
     The name is ``.NAME.HOST-HASH.PROCESS.NUMBER.unfinished``, where NAME is the last part of ``path``. For the other
-    parts, see :func:`kedit_train.owners.claim`. The folder is not created.
+    parts, see :func:`kedit_train.owners.claim`. This function does not create the folder.
     """
     return claim(path.parent, f".{path.name}", ".unfinished")
 

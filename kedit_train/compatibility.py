@@ -1,4 +1,4 @@
-"""Functions for what differs between the supported versions of Python, transformers, TRL and PEFT."""
+"""Functions that work the same with all supported versions of Python, transformers, TRL and PEFT."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def sha256_of_file(path: Path) -> str:
 def sft_reads_logits(args: Any) -> bool:
     """Return whether the trainer with these arguments is an ``SFTTrainer`` that reads the logits of training steps.
 
-    Older versions of TRL have no fused head. Their trainer computes the entropy and the token accuracy of each step
-    from the logits.
+    The ``SFTTrainer`` of older TRL versions computes the entropy and the token accuracy of each step from the logits.
+    Newer versions compute both in a fused output head, which does not return logits.
 
     Args:
         args: the training arguments of a ``transformers.Trainer``.
@@ -52,9 +52,10 @@ def checkpoint_without_reentry(args: Any) -> None:
 
 
 def rescaled_dare(dare: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a version of PEFT's ``dare_linear`` that divides the kept entries by the density.
+    """Return PEFT's ``dare_linear`` with the division by the density, which is missing in PEFT before 0.19.
 
-    PEFT before 0.19 computes this quotient, but returns the entries without the division.
+    DARE sets random entries to 0 and keeps the others. The density is the fraction of kept entries. The kept entries
+    must be divided by the density.
 
     Args:
         dare: ``dare_linear`` of PEFT, a function of the tensors, the weights and the density.

@@ -37,9 +37,9 @@ class Edit:
         old_target: the answer before the edit, either the true answer or the model's answer.
         aliases: other spellings of ``target`` that count as correct.
         rephrases: other wordings of ``prompt``, used to measure generality.
-        locality: questions whose answers must not change. A dict whose keys are kinds of questions, such as
-            "neighborhood". Each value is a tuple with the questions of this kind.
-        portability: questions whose answers follow from the new fact. A dict of the same form as ``locality``.
+        locality: dict from a kind of question, such as "neighborhood", to a tuple of questions of this kind. The
+            answers to these questions must not change.
+        portability: dict of the same form as ``locality``. The answers to its questions follow from the new fact.
         id: the identifier of the edit in messages and reports.
 
     Example:

@@ -163,8 +163,8 @@ class EditModule(LightningModule):
 class EditDataModule(LightningDataModule):
     """Batches of edits with ``input_ids``, ``attention_mask`` and ``labels``, tokenized with the module's tokenizer.
 
-    All edits are shuffled in every epoch (breadth-first training, arXiv 2509.22072). Edits of similar length are put
-    into one batch to reduce padding. Only the tokens of the targets count in the loss.
+    All edits are shuffled in every epoch (breadth-first training, arXiv 2509.22072). Groups of shuffled edits are then
+    sorted by length and cut into batches, to reduce padding. Only the tokens of the targets count in the loss.
 
     Args:
         path: a file or a folder of documents that :meth:`EditDataset.load` reads, or "world" for the bundled edits.
@@ -269,7 +269,7 @@ class EditDataModule(LightningDataModule):
         )
 
     def _move(self, module: Any) -> Any:
-        """Move the model to its device before it is used, and return the strategy of the trainer."""
+        """Move the model to its device, unless the strategy may shard it. Return the trainer's strategy."""
         strategy: Any = self.trainer.strategy if self.trainer is not None else None
         if type(strategy) in (SingleDeviceStrategy, DDPStrategy):
             # These strategies move the full model to the device anyway. Under a strategy that shards the model, the
@@ -278,9 +278,10 @@ class EditDataModule(LightningDataModule):
         return strategy
 
     def _augment(self, module: Any) -> list[Edit]:
-        """Return the edits as they are trained, and the additional examples. The unedited model is used to make them.
+        """Return the edits, with rewritten targets if any, followed by the additional examples.
 
-        A resumed run also uses the unedited model here, because Lightning restores the checkpoint only after ``setup``.
+        The unedited model makes the examples. This is also true for a resumed run, because Lightning restores the
+        checkpoint only after ``setup``.
         """
         if not isinstance(getattr(module, "model", None), torch.nn.Module):
             raise EditError(

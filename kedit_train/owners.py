@@ -66,15 +66,15 @@ def has_ended(name: str) -> bool | None:
 def remove_abandoned(folders: Iterable[Path], *, at_once: str = "") -> None:
     """Remove temporary folders whose owner has ended.
 
-    A folder is kept while its owner is known to be running. If the owner has ended and the name of the folder begins
-    with ``at_once``, the folder is removed at once. If the owner has ended and the name begins differently, the folder
-    is removed only if it has not changed for a day. This last rule also applies if the owner is unknown, for example
-    because the folder was created in another container, on another host, or by an older version of this package.
+    - If the owner is running, the folder is kept.
+    - If the owner has ended and the name of the folder begins with ``at_once``, the folder is removed at once.
+    - If the owner has ended and the name begins differently, the folder is removed when it has not changed for a day.
+    - If the owner is unknown, the folder is also removed when it has not changed for a day. For example, the owner
+      of a folder from another container, another host or an older version of this package is unknown.
 
     Args:
         folders: the temporary folders.
-        at_once: name prefix of the folders that are removed as soon as their owner has ended. By default, this applies
-            to all folders.
+        at_once: a prefix of folder names (see above). The default "" is a prefix of every name.
     """
     for folder in folders:
         ended = has_ended(folder.name)

@@ -24,9 +24,9 @@ def load_model(name: str, *, dtype: str = "float32", trust_remote_code: bool = F
     """Load a causal language model and its tokenizer.
 
     A PEFT adapter is loaded on top of its base model. It is not merged into the base model, because merging into bf16
-    weights would round the adapter's effect. If the folder of the adapter (or its repository on the hub) contains
-    ``gate.safetensors``, which ``GatedAdapter`` saves, the model gets this gate. A vision-language model is loaded with
-    its vision tower.
+    weights would round the adapter's effect. ``GatedAdapter`` saves a gate, which lets the adapter act only on some
+    inputs, in ``gate.safetensors``. If the folder of the adapter (or its repository on the hub) contains this file, the
+    gate is loaded too. A vision-language model is loaded with its vision tower.
 
     Args:
         name: a model name on the Hugging Face Hub, a folder saved by ``save_pretrained``, the folder of a PEFT
@@ -97,7 +97,7 @@ def _auto_class(name: str, trust_remote_code: bool) -> Any:
 
 
 def _load_adapted(name: str, base: str, *, dtype: str, trust_remote_code: bool) -> tuple[Any, Any]:
-    """Load a PEFT adapter on top of its base model, with its gate if it has one."""
+    """Load a PEFT adapter on top of its base model, and the gate if one is saved with the adapter."""
     with require("peft"):
         from peft import PeftModel
     from transformers import AutoTokenizer
@@ -126,10 +126,10 @@ def check_new_adapter(model: Any, name: str) -> None:
 
     Args:
         model: the model.
-        name: the name that the user gave.
+        name: the name or the folder of the model, for the error message.
 
     Raises:
-        EditError: the model already has an adapter, which the new adapter would replace, or a gate.
+        EditError: the model already has an adapter. The new adapter would replace it.
     """
     if hasattr(model, "peft_config"):
         raise EditError(
@@ -143,7 +143,7 @@ def is_causal(model: Any) -> bool:
     """Return whether the model is causal: the last token does not change the logits of the tokens before it.
 
     This test is needed because ``AutoModelForCausalLM`` also loads encoders, and a configuration does not reliably show
-    whether the model is causal. For example, ``is_decoder`` is False for GPT-NeoX.
+    whether the model is causal. For example, GPT-NeoX is causal, but ``is_decoder`` is False in its configuration.
 
     Raises:
         EditError: the logits are NaN.

@@ -1,4 +1,4 @@
-"""Count the processes that a launcher started, and end them together."""
+"""Count the processes that a launcher started, and close the process group at the end of a script."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""Keep the gradient of the 4-bit layers of bitsandbytes on a CPU.
+"""Prevent bitsandbytes from packing 4-bit layers on a CPU, because packed layers have no gradient.
 
-On a CPU with AVX512-BF16 instructions, ``bitsandbytes.nn.Linear4bit`` packs its weights for a faster kernel at the
-first forward pass in evaluation mode that needs no gradient. From then on, the layer uses this kernel for every call,
-also in training mode, although the kernel has no gradient with respect to the input of the layer (bitsandbytes 0.50).
-The gradients of LoRA factors below such a layer are then missing. If a residual connection bypasses the layer, these
-gradients are wrong instead, and no error is raised.
+On a CPU with AVX512-BF16 instructions, ``bitsandbytes.nn.Linear4bit`` has a faster kernel for inference. The first
+forward pass that is in evaluation mode and needs no gradient packs the weights for this kernel. From then on, the layer
+uses the kernel for every call, also in training mode. But the kernel has no gradient with respect to the input of the
+layer (bitsandbytes 0.50), so LoRA factors below the layer get no gradient. If a residual connection bypasses the layer,
+they get a wrong gradient, and no error is raised.
 """
 
 from __future__ import annotations
@@ -18,12 +18,10 @@ _PERMITS = "support_avx512bf16_for_cpu"
 
 
 class PackingGuard:
-    """Prevent the packing of 4-bit layers until :meth:`remove` is called.
-
-    Without 4-bit layers of bitsandbytes, nothing is done.
+    """Prevent bitsandbytes from packing 4-bit layers for inference until :meth:`remove` is called.
 
     Args:
-        root: a module that contains the layers.
+        root: a module that contains the layers. If it contains no 4-bit layers of bitsandbytes, nothing is changed.
     """
 
     def __init__(self, root: nn.Module) -> None:
@@ -41,7 +39,7 @@ class PackingGuard:
 def check_not_packed(root: nn.Module) -> None:
     """Check that no 4-bit layer of a model is packed.
 
-    A packed layer is not unpacked, because bitsandbytes cannot restore the scales of its blocks exactly.
+    This function does not unpack layers, because bitsandbytes cannot restore the quantization scales exactly.
 
     Raises:
         EditError: a layer is packed.

@@ -142,10 +142,10 @@ def load_tensors(
             later, the process crashes. False copies the tensors and verifies the copy, so the file may be changed
             afterwards.
         memory_limit: with ``memory_map=False``, the maximum size in bytes of a file that is copied into memory. A
-            larger file is copied to disk, and the copy, which nobody else can change, is memory-mapped. None sets no
-            limit.
-        allow_unsigned: True also reads safetensors files that :func:`save_tensors` and :func:`fill_tensors` did not
-            write, and files of another kind. The checksum of such a file is not verified.
+            larger file is copied into a temporary file that nobody else can change, and this copy is memory-mapped.
+            None sets no limit.
+        allow_unsigned: True also reads files of another kind and safetensors files of other programs. The checksums of
+            these files are not verified.
 
     Raises:
         EditError: the file does not exist, is damaged, was changed after it was written, or is of another kind (unless
@@ -188,7 +188,7 @@ def checksum(metadata: str, tensors: Mapping[str, Tensor]) -> str:
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
-    """Return the bytes of a CPU tensor in row-major order, without a copy if it is contiguous."""
+    """Return the bytes of a CPU tensor in row-major order. A contiguous tensor is not copied."""
     flat = tensor.detach().contiguous().reshape(-1)
     return memoryview(b"") if flat.numel() == 0 else flat.view(torch.uint8).numpy().data
 
@@ -213,7 +213,8 @@ def _to_json(metadata: Any) -> str:
 def _allocate(path: Path, size: int) -> None:
     """Create a file of ``size`` bytes, and allocate disk space for all bytes.
 
-    If the disk became full while the file is memory-mapped, writing to the map would kill the process.
+    The file is memory-mapped later. Without allocated space, the disk could become full while the tensors are written,
+    and the system would then kill the process.
     """
     with path.open("wb") as file:
         if hasattr(os, "posix_fallocate"):

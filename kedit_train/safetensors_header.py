@@ -61,8 +61,8 @@ class Span:
 def read_header(path: str | os.PathLike[str]) -> tuple[dict[str, Span], dict[str, str]]:
     """Read the header of a safetensors file.
 
-    Before memory is allocated, the length of the header is compared with the size of the file. After the header, the
-    tensors must fill the file without gaps and without overlaps.
+    The function checks that the header is not longer than the file, and that the tensors fill the rest of the file
+    without gaps or overlaps.
 
     Returns:
         A dict from tensor name to :class:`Span`, and the metadata.
@@ -170,9 +170,10 @@ def map_tensors(path: str | os.PathLike[str], spans: Mapping[str, Span]) -> dict
 def copy_tensors(path: str | os.PathLike[str], spans: Mapping[str, Span], memory_limit: int) -> dict[str, Tensor]:
     """Copy tensors, so that later changes of the file do not change the tensors.
 
-    A file of up to ``memory_limit`` bytes is copied into memory. A larger file is copied into a temporary file without
-    a name, which is memory-mapped. The system deletes the temporary file when its last tensor is deleted. The temporary
-    file is in the folder of ``path`` or, if that is not possible, in the folder for temporary files.
+    A file of up to ``memory_limit`` bytes is copied into memory. A larger file is copied into an unnamed temporary file
+    on disk, and the returned tensors are memory-mapped from this copy. The system deletes the copy when the last of
+    these tensors is deleted. The copy is in the folder of ``path`` or, if that is not possible, in the folder for
+    temporary files.
 
     Raises:
         EditError: the file becomes shorter during the copy, or no folder has space for the copy.

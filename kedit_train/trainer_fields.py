@@ -12,7 +12,11 @@ from kedit_train.safetensors_header import parse_json
 
 
 def callback_arguments(name: str, callback_class: type[EditCallback], value: Any) -> dict[str, Any] | None:
-    """Convert the value of a field into arguments of its callback. Return None if no callback should be added."""
+    """Convert the value of a configuration field into arguments of a callback.
+
+    Returns:
+        The arguments, or None if the callback should not be added.
+    """
     if isinstance(value, str):
         try:
             value = parse_json(value)

@@ -94,17 +94,17 @@ class EditSFTConfig(SFTConfig):
     Each of these fields holds the arguments of its callback. For example, ``parameter_scope: {layers: 0.7}`` adds
     ``ParameterScope(layers=0.7)``. On the command line, write ``--parameter_scope '{"layers": 0.7}'``. The value ``{}``
     or ``true`` adds the callback with default arguments. If the field of a callback is not set, the callback is not
-    added. ``TrlParser`` reads the configuration from YAML and the command line. There are three more fields, described
-    below. One of them is ``edits``, which is passed to all callbacks that need edits.
+    added. ``TrlParser`` reads the configuration from YAML and the command line. The fields below belong to no callback.
 
     Args:
-        edits: a file that :meth:`EditDataset.load` reads, or "world" for the bundled edits. The edits are used for
-            evaluation. If the trainer gets no ``train_dataset``, the edits are also used for training.
+        edits: a file that :meth:`EditDataset.load` reads, or "world" for the bundled edits. The edits are passed to all
+            callbacks that need edits, for example for the evaluation. If the trainer gets no ``train_dataset``, it also
+            trains on these edits.
         prompt_format: the format of the prompts in training and evaluation: as they are ("plain"), through the chat
             template of the tokenizer ("chat"), framed as a question ("question"), or a mapping with the arguments of
             :class:`~kedit_train.ChatFormat`.
-        append_eos: true ends the targets of an ``EditDataset`` with end-of-text, and false does not. "auto" decides as
-            described in :class:`~kedit_train.modules.EditDataModule`.
+        append_eos: whether the targets of an ``EditDataset`` end with end-of-text: true, false or "auto". "auto" works
+            as in :class:`~kedit_train.modules.EditDataModule`.
 
     Raises:
         EditError: the value of a callback field is neither a mapping nor true, or contains an argument that the
@@ -298,8 +298,8 @@ class EditSFTTrainer(SFTTrainer):
 
         - Targets should not end with end-of-text. TRL always appends end-of-text.
         - The prompt format is a ``ChatFormat`` with ``thinking=True``. An empty block of thoughts must then stand
-          between each prompt and its target, without counting in the loss. If TRL tokenized such a block, TRL would
-          count it in the loss, so the examples were given to TRL without the block.
+          between each prompt and its target, and this block must not count in the loss. TRL would count the block, so
+          TRL got the examples without it.
         """
         args: Any = self.args
         tokenizer, prompt_format = self.processing_class, read_format(args.prompt_format)

@@ -1,16 +1,17 @@
-"""Fine-tune SmolLM2 on instructions in TRL's ``SFTTrainer``, with a budget for changed predictions on other texts.
+"""Fine-tune SmolLM2 on instructions in TRL's ``SFTTrainer``, and limit how much its predictions on other texts change.
 
     python recipes/instruction_tuning.py
     python recipes/instruction_tuning.py --plain          # the same run without the penalty and the budget
     python recipes/instruction_tuning.py --model MODEL --data instructions.jsonl --texts keep.txt --kl 0.01
 
-Measured with the defaults on 2026-11-27, in 134 s of processor time on one core of an Intel Xeon: 24 of the 30 answers
-are exactly right after training (0 before), and the KL divergence on the texts is 0.0054 nats per token.
+Measured with the defaults on 2026-11-27, in 134 s of processor time on one core of an Intel Xeon: 24 of the 30 test
+answers are right after training (0 before), and the KL divergence on the texts is 0.0054 nats per token.
 
-The texts (``--texts``) are those on which predictions should stay the same. To keep what earlier instruction sets have
-taught, put some of their prompts with answers into the texts, too. Each record of the data has a "prompt" and a
-"completion". The last records are not trained. An answer to one of their prompts counts if it is exactly the
-completion.
+Each record of ``--data`` has a "prompt" and a "completion". The last records (``--held_out``) are not trained, but used
+as the test. A test answer is right if it is exactly the completion.
+
+The file of ``--texts`` contains texts on which the predictions should stay the same. If the model has already learned
+other instructions that it should keep, add some of their prompts and answers to this file.
 """
 
 from __future__ import annotations

@@ -5,16 +5,19 @@
     python recipes/one_by_one.py --plain          # without KLLocality and NormBall; locality is then 0.79
 
 Expected: reliability 0.95 to 1.00, generality 0.88 to 0.98, locality 0.90 to 1.00; 69 s (2026-11-27).
-These are the scores on the 24 bundled edits. docs/results.md has longer sequences.
+These are the scores on the 24 bundled edits. docs/results.md has scores on longer sequences of edits.
 
 ``--keep`` chooses how the answers to other prompts are kept. The default is ``null_space`` for pretrained models and
 ``kl`` for the bundled model.
 
-- ``null_space``: ``NullSpace`` reads the texts once, before the first edit, and each edit once, before the next edit.
-  Later edits hardly change the outputs of the edited layers on these inputs. No learning rate is needed.
-- ``kl``: ``KLLocality`` keeps the predictions that the model made before the first edit, and the answers of all earlier
-  edits. ``NormBall`` keeps the weights within a ball around the weights before the first edit. With many edits, the
-  ball protects knowledge that the texts do not contain. For models with a few million parameters, this is better.
+With ``--keep null_space``, ``NullSpace`` reads the texts before the first edit, and each edit before the next one is
+trained. Later edits hardly change the outputs of the edited layers on the texts and on the earlier edits. No learning
+rate is needed.
+
+With ``--keep kl``, ``KLLocality`` keeps the predictions of the unedited model on the texts, and the answers of all
+earlier edits. ``NormBall`` keeps the weights within a ball around the unedited weights. With many edits, the ball
+protects knowledge that the texts do not contain. For models with a few million parameters, ``kl`` is better than
+``null_space``.
 
 If you can train the edits together, use kedit_default.yaml or sequential.yaml. With many edits, these recipes give
 better scores.

@@ -3,12 +3,13 @@
     make smollm2 && python recipes/sdft.py
     python recipes/sdft.py --model MODEL --edits edits.jsonl --texts texts_that_must_stay.txt
 
-The teacher is the unedited model that reads the new fact four times before the prompt. The student completes the prompt
+The teacher is the unedited model. It reads the new fact four times before the prompt. The student completes the prompt
 without the fact. At each token of its own completion, the student learns the teacher's distribution. The teacher must
 follow facts in its context, otherwise the script ends with an error. docs/hosts.md has more measurements.
 
 Measured on SmolLM2 with 20 facts: reliability 0.95, generality 0.15, locality 0.50; 230 s of processor time on one core
-(2026-11-27). Locality is the fraction of other answers with the same first tokens. Of the right ones, 0.94 stay right.
+(2026-11-27). Locality is the fraction of answers to other prompts whose first tokens stay the same. Of the answers that
+were right before the edit, 0.94 stay right.
 """
 
 import argparse

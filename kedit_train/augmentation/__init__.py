@@ -1,4 +1,4 @@
-"""Training examples made with the unedited model: prefixes, replayed facts, rewritten targets and study rows."""
+"""Make additional training examples for edits with the unedited model, and let it rewrite the targets of edits."""
 
 from __future__ import annotations
 
@@ -45,9 +45,9 @@ POOL = 8
 
 @dataclass(frozen=True)
 class AugmentationOptions:
-    """The section ``data.augmentation`` of a recipe: more examples to train, and rewritten targets of the edits.
+    """Options for additional training examples and rewritten targets: the section ``data.augmentation`` of a recipe.
 
-    :func:`augmentation` makes the examples.
+    The data module passes these options to :func:`augmentation`, which makes the examples and rewrites the targets.
 
     Args:
         prefixes: number of pseudo-paraphrases per edit. A pseudo-paraphrase is a short text that the unedited model
@@ -59,14 +59,14 @@ class AugmentationOptions:
             of edits.
         previous_edits: a file of edits that the model has already learned. These edits are trained again. A previous
             edit is left out if it is too similar to an edit of the run (see :func:`augmentation`).
-        rewrite: train on targets that the unedited model writes (MixSD). For each token, the model reads the prompt,
-            and with probability ``1 - rewrite`` also the new fact. The value is in [0, 1); the paper uses 0.3
-            to 0.5. The edits are still evaluated with their own targets. None: the edits are trained with their own
-            targets.
+        rewrite: train on targets that the unedited model writes (MixSD). The model writes each token with
+            the new fact in its context or, with the probability ``rewrite``, without the fact. The value is in [0, 1);
+            the MixSD paper uses 0.3 to 0.5. The edits are still evaluated with their own targets. None: the edits are
+            trained with their own targets.
         study: a file of study rows. A study row is a text about a document: a paraphrase, a question with its answer,
-            an implication or a continuation. If the file does not exist, the unedited model writes it
-            (:func:`study_rows`), which needs a chat template. If the file exists, it is read, and the seed of the run
-            does not matter. None: no study rows.
+            an implication or a continuation. If the file does not exist, the unedited model writes the rows
+            (:func:`study_rows`). This needs a chat template. If the file exists, its rows are read and nothing is
+            written. None: no study rows.
         study_ratio: number of study tokens per document token, above 0. Rows are drawn with the seed of the run until
             this ratio is reached. None uses all rows.
 
@@ -103,17 +103,20 @@ def check_numbers(prefixes: Any, replay_limit: Any, rewrite: Any, study_ratio: A
 class Augmentation:
     """A callable that takes edits and returns the additional examples to train together with them.
 
+    A pseudo-paraphrase is a prefix followed by the prompt of an edit. A scored prompt is a prompt of the evaluation: a
+    rephrase of an edit, or the prompt of a locality or portability question.
+
     Args:
         prefixes: the texts from which the prefixes are drawn.
         per_edit: number of prefixes per edit, drawn with ``seed``. Each prefix gives one pseudo-paraphrase.
         replay: examples of replayed facts and of previous edits. Every call returns all of these examples.
         seed: seed of the random draws.
-        leak_check: finds pseudo-paraphrases that contain a scored prompt of an edit of the run: a rephrase, or the
-            prompt of a locality or portability question. A call leaves out these pseudo-paraphrases.
+        leak_check: finds pseudo-paraphrases that contain a scored prompt of the run. A call leaves these
+            pseudo-paraphrases out.
         summary: one line that says how many examples were made and how many were left out.
         rewritten: a dict from prompt and target of an edit to the edit with the target that the unedited model wrote.
-        study: a dict from the prompt of a document to its study rows. A call returns the rows of the documents that it
-            is given.
+        study: a dict from the prompt of a document to its study rows, which are training examples about the document.
+            A call with some of the documents returns only the rows of these documents.
     """
 
     prefixes: tuple[str, ...]
@@ -131,7 +134,7 @@ class Augmentation:
         return [*allowed, *self.replay, *(row for edit in edits for row in self.study.get(edit.prompt, ()))]
 
     def rewrite(self, edits: Sequence[Edit]) -> list[Edit]:
-        """Return the edits to train. Rewritten edits have the target that the unedited model wrote, and no probes."""
+        """Replace each edit by its rewritten edit, if there is one. Rewritten edits have no evaluation questions."""
         return [self.rewritten.get((edit.prompt, edit.target), edit) for edit in edits]
 
     def training_edits(self, edits: Sequence[Edit]) -> list[Edit]:
@@ -158,7 +161,7 @@ def augmentation(
     prompt_format: PromptFormat = "plain",
     batch_size: int = 64,
 ) -> Augmentation:
-    """Make additional training examples for edits, with the unedited model, and rewrite the targets of the edits.
+    """Make additional training examples with the unedited model, and rewrite the targets of the edits if asked.
 
     No example contains a scored prompt of the edits: a rephrase, or the prompt of a locality or portability question.
     Call this function once, before the training, and use its result:
@@ -183,12 +186,12 @@ def augmentation(
             with their own targets. A previous edit is left out if its prompt contains a subject or a prompt of
             ``edits``. It is also left out if its prompt and its target together contain a scored prompt of ``edits``.
         rewrite: train the edits on targets that ``model`` writes
-            (:func:`~kedit_train.augmentation.rewrites.rewrite_targets`). For each token, the model reads the prompt,
-            and with probability ``1 - rewrite`` also the new fact. The value is in [0, 1). None: the edits are
-            trained with their own targets.
-        study: study rows: a result of :func:`study_rows`, or the file of such rows. If the file does not exist,
-            ``model`` writes it with ``seed``. If a result has rows about documents that are not in ``edits``, these
-            rows are left out.
+            (:func:`~kedit_train.augmentation.rewrites.rewrite_targets`). The model writes each token with the new
+            fact in its context or, with the probability ``rewrite``, without the fact. The value is in [0, 1). None:
+            the edits are trained with their own targets.
+        study: the study rows (training examples about documents), as a result of :func:`study_rows` or as a file. If
+            the file does not exist, ``model`` writes the rows, sampled with ``seed``. If a result of :func:`study_rows`
+            has rows about documents that are not in ``edits``, these rows are left out.
         study_ratio: number of study tokens per document token, above 0. Rows are drawn with ``seed`` until this ratio
             is reached. If there are too few rows, all are used. None uses all rows.
         seed: seed of all random draws.
@@ -285,9 +288,9 @@ def _prefixes(
     ]
     if len(texts) < per_edit:
         raise EditError(
-            f"prefixes={per_edit} is too high: only {len(texts)} of {len(generated)} generated prefixes can be used. A "
-            "prefix is left out if it contains a subject, a prompt, a rephrase or a probe of an edit, or if the "
-            "evaluation uses this prefix; set prefixes to a smaller number."
+            f"prefixes={per_edit} is too high: only {len(texts)} of {len(generated)} generated prefixes can be used. "
+            "The others contain a subject, a prompt, a rephrase or a probe of an edit, or are also prefixes of the "
+            "evaluation; set prefixes to a smaller number."
         )
     paraphrases = with_prefixes(edits, texts, per_edit, seed)
     leaked = sum(check.contains_scored_prompt(example.prompt) for example in paraphrases)

@@ -54,8 +54,8 @@ class StudyRows:
     Args:
         rows: the rows to train.
         texts: number of texts that the model wrote. A text with several questions gives several rows.
-        unusable: number of texts that the model did not end, that are copies of their document, that contain no
-            question with an answer, or whose questions were already asked.
+        unusable: number of texts that gave no row. The model did not end the text, or the text is a copy of its
+            document. A text of the kind "question" also gives no row if it has no new question with an answer.
         rejected: number of rows that ``verify`` rejected.
         leaked: number of rows that contain an evaluation prompt of the documents.
     """
@@ -110,12 +110,16 @@ def study_rows(
 ) -> StudyRows:
     """Write texts about documents with a model and its chat template, or read such texts from a file.
 
-    The kinds of texts are paraphrases, questions with answers, implications, and continuations. Each text is sampled
-    with ``seed``. The rows are written to ``path``, a JSONL file with one row per line, which a person can edit. If the
-    file exists, the rows are read from it and nothing is generated. An existing file keeps its settings. If ``kinds``,
-    ``per_kind`` or ``seed`` differs from its value in the file, a warning is given. The documents may be split
-    (``split_documents``) before or after the file is written. Rows that contain an evaluation prompt of the documents
-    (a rephrase, or the prompt of a locality or portability question) are always left out.
+    If the file ``path`` does not exist, the model writes paraphrases, questions with answers, implications and
+    continuations. Each text is sampled with ``seed``. The rows are saved in ``path``, a JSONL file with one row per
+    line, which a person can edit.
+
+    If the file exists, the rows are read from it and nothing is generated. If ``kinds``, ``per_kind`` or ``seed``
+    differs from its value in the file, the argument has no effect and a warning is given.
+
+    The documents may be split (``split_documents``) before or after the file is written. Rows that contain an
+    evaluation prompt of the documents (a rephrase, or the prompt of a locality or portability question) are never
+    returned.
 
     Args:
         model: the model that writes the texts: the unedited model itself or another model.
@@ -127,8 +131,8 @@ def study_rows(
         per_kind: number of texts of each kind per document. None writes one. A text of the kind "question" may have up
             to three questions, and each of them is a row.
         seed: seed of the samples. None uses 0.
-        verify: function ``verify(row, document)`` that returns whether a row is true. Rejected rows are not written. If
-            the file exists, rejected rows are left out and stay in the file. None uses :func:`is_grounded` for new
+        verify: function ``verify(row, document)`` that returns whether a row is true. Rejected rows are not returned. A
+            new file does not contain them, and an existing file is not changed. None uses :func:`is_grounded` for new
             rows, and accepts all rows of an existing file.
         batch_size: number of texts per forward pass.
         max_new_tokens: maximum length of a text in tokens. Longer texts are left out.
@@ -205,7 +209,7 @@ def _checked(
     texts: Sequence[tuple[int, str, list[tuple[str, str]]]],
     verify: Callable[[StudyRow, Edit], bool],
 ) -> StudyRows:
-    """Return the rows of all texts that are usable and that ``verify`` accepts."""
+    """Make rows from the usable texts, and return the rows that ``verify`` accepts."""
     rows: list[StudyRow] = []
     unusable = rejected = 0
     used = {fold(edit.prompt) for edit in documents}

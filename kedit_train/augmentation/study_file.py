@@ -51,18 +51,18 @@ def load_rows(path: Path, documents: Sequence[Edit]) -> tuple[dict[str, Any], li
     for title, found in _hashes(documents).items():
         if isinstance(known, dict) and known.get(title, found) != found:
             raise EditError(
-                f"{path} was written for another text of the document {shorten(title)!r}; pass the text for which the "
-                "file was written, or give another path."
+                f"{path} was written for another version of the document {shorten(title)!r}; pass that version, or "
+                "give another path."
             )
     titles = {document.prompt.strip() for document in documents}
     return settings, [_row(path, number, line, titles) for number, line in lines[1:]]
 
 
 def title_in(title: str, titles: Collection[str]) -> str | None:
-    """Return the title, one of ``titles``, of the document that a row is about. Return None if there is no such title.
+    """Look up the title of a row's document in ``titles``. Return None if it is not found.
 
-    If the row is about a part of a document, and this part is not among ``titles``, the title of the whole document is
-    returned.
+    The title may name a part of a document, such as "News (part 2)". If ``titles`` does not contain this part, the
+    title of the whole document is looked up and returned.
 
     Example:
         >>> title_in("News (part 2)", {"News"}), title_in("News (part 2)", {"News", "News (part 2)"})

@@ -15,15 +15,18 @@ from kedit_train.core.tokens.active_examples import ActiveExamples
 class ActiveSet(EditCallback):
     """Save time by leaving learned edits out of the training batches.
 
-    By default, an edit is learned if the loss of each of its target tokens is at most ``epsilon``, an argument of the
-    token loss. Such a token has no gradient. A learned edit therefore costs a forward and a backward pass, but does
-    not change the weights. ``ActiveSet`` removes learned edits from the batch inside the model's forward call, so it
-    works with any data loader. The loss is averaged as if no edit had been removed, so the gradient of the remaining
-    edits does not change. For a removed edit, the average uses the loss from the last forward pass on this edit. TRL's
-    entropy and token accuracy are averaged in the same way.
+    By default, an edit is learned if the loss of each of its target tokens is at most ``epsilon``. This threshold is an
+    argument of the callback that computes the token loss, such as :class:`TokenSmoothing`. A token with a loss of at
+    most ``epsilon`` has no gradient, so a learned edit costs a forward and a backward pass, but does not change the
+    weights. ``ActiveSet`` removes learned edits from the batch inside the model's forward call, so it works with any
+    data loader.
 
-    Training on other edits can undo a learned edit. To detect this, the model runs on a learned edit again after the
-    edit was left out ``recheck`` times.
+    The loss is averaged as if no edit had been removed, so the gradient of the remaining edits does not change. For a
+    removed edit, the average uses the loss from the last forward pass on this edit. TRL's entropy and token accuracy
+    are averaged in the same way.
+
+    Training on other edits can undo a learned edit. Therefore, after an edit was left out ``recheck`` times, the model
+    runs on it again.
 
     If a batch has only one example, ``ActiveSet`` leaves nothing out. With packing, an example is a packed sequence of
     several edits. ``ActiveSet`` can leave out a packed sequence only if the sequence has the same content in every
@@ -32,8 +35,7 @@ class ActiveSet(EditCallback):
     Args:
         recheck: how many times a learned edit is left out before the model runs on it again.
         probability: an edit is learned when each of its target tokens has at least this probability, in (0, 1). With
-            None (default), an edit is learned when the loss of each target token is at most ``epsilon``, an argument of
-            the token loss.
+            None (default), an edit is learned when the loss of each target token is at most ``epsilon``.
 
     Raises:
         EditError: the run has no token loss, the token loss has ``epsilon=0`` while ``probability`` is None, or the run

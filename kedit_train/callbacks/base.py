@@ -24,12 +24,12 @@ class EditCallback(TransformersEvents, LightningEvents):
         order: position among the callbacks of a run. Callbacks with a lower value come first.
         constrains: whether :meth:`constrain` must be called after every optimizer step.
         penalizes: whether :meth:`penalty` may return a term that is added to the loss.
-        follows_steps: whether the callback depends on the detection of every optimizer step. If True, an error is
-            raised when the weights change but the run has detected no optimizer step.
+        follows_steps: whether the callback must be called after every optimizer step. If True, the run raises an error
+            when the weights change but no optimizer step was detected.
         anchors: whether the callback adds a comparison with the reference model (the model before the edit) to the loss
             inside the forward pass.
-        duplicate_hint: what to do instead of using two callbacks of this class on one model. This text ends the error
-            message. With None, several callbacks of this class are allowed.
+        duplicate_hint: advice for a user who puts two callbacks of this class on one model. The run then raises an
+            error, whose message ends with this advice. With None, several callbacks of this class are allowed.
 
     Example:
         >>> import torch
@@ -81,7 +81,8 @@ class EditCallback(TransformersEvents, LightningEvents):
     def prepare(self, run: EditRun) -> None:
         """Check the arguments and select the parameters that may change.
 
-        At this time, there is no optimizer yet, and some callbacks may still be missing from the run.
+        At this time, there is no optimizer yet. Do not look for other callbacks here, because some may still be missing
+        from the run.
         """
 
     def attach(self, run: EditRun) -> None:

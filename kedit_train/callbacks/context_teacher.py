@@ -54,7 +54,7 @@ class ContextTeacher(TokenLoss):
             user's message.
         top_k: number of probabilities to store for each token.
         min_followed: smallest accepted value of ``edit/tokens/followed``, in [0, 1]. With 0, every model is accepted.
-            If you train edits one at a time, use 0.
+            If you train edits one at a time, use 0, because the fraction of a single edit is either 0 or 1.
         prompt_format: the prompt format of the training examples: "plain", "chat", "question" or a ``ChatFormat``. None
             detects the format from the data of the trainer. In a plain loop, None means "plain".
         epsilon: threshold (clip) in nats. A token with a loss of at most ``epsilon`` has no gradient.

@@ -39,11 +39,12 @@ class EditMetrics(EditCallback):
     ``every_n_steps`` optimizer steps.
 
     The progress bar and the loggers receive the scores ``edit/reliability``, ``edit/generality``, ``edit/portability``
-    and ``edit/locality``. Each score is also logged under teacher forcing. The scores of the best step so far are
-    logged as ``edit/best/*``. The best step is the step with the highest reliability. If several steps have the same
-    reliability, the step with the highest locality is the best. If the locality is also the same, the earliest step is
-    the best. ``edit/metrics/seconds`` is the total time of all evaluations. ``edit/metrics/share_of_time`` is the time
-    of the evaluations during training, divided by the training time.
+    and ``edit/locality``. Each score is also computed under teacher forcing (the model reads the expected answer) and
+    logged. The scores of the best step so far are logged as ``edit/best/*``. The best step is the step with the highest
+    reliability. If several steps have the same reliability, the step with the highest locality is the best. If the
+    locality is also the same, the earliest step is the best. ``edit/metrics/seconds`` is the total time of all
+    evaluations. ``edit/metrics/share_of_time`` is the time of the evaluations during training, divided by the training
+    time.
 
     For a mixture-of-experts model, ``edit/router/kl`` is KL(unedited || edited) of the distributions over experts that
     the routers compute on the locality prompts. Details:
@@ -286,7 +287,7 @@ class EditMetrics(EditCallback):
         return self.evaluation.distributed and is_distributed()
 
     def _gather_distributions(self, report: Report) -> Report:
-        """Return the report with the next-token distributions that all processes recorded.
+        """Collect the next-token distributions from all processes, and return the report with all of them.
 
         Each process records the distributions of the unedited model for its own part of the edits. A later evaluation
         of a sample divides the edits among the processes in another way, so every process needs all distributions.

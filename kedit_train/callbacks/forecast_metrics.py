@@ -33,7 +33,7 @@ class ForecastMetrics(EditCallback):
     the model is called in evaluation mode on all inputs, and two metrics are logged. The error before training is the
     attribute ``unedited_error``.
 
-    - ``edit/forecast/error``: the error on the new inputs: the mean squared error, or the mean quantile loss.
+    - ``edit/forecast/error``: the mean squared error or the mean quantile loss on the new inputs.
     - ``edit/forecast/change``: the norm of the change of all outputs on the kept inputs, divided by the norm of these
       outputs before the edit.
 
@@ -53,8 +53,8 @@ class ForecastMetrics(EditCallback):
         quantiles: the Q quantile levels, in (0, 1), for ``error="quantile"``.
         output: which tensor of the model's output to use: a name, an index, or a function of the output. None requires
             that the output is a tensor.
-        module: name of the submodule to call. None calls the language model in the module that the loop trains, or this
-            module itself if it contains no language model.
+        module: name of the submodule to call. None calls the module that the loop trains or, if this module
+            contains a language model, only the language model.
 
     Attributes:
         unedited_error: the error before the edit. None before training.

@@ -58,15 +58,15 @@ class ForgetFirst(EditCallback):
 
     Args:
         texts: texts on which the model should not change: a source of texts or a :class:`Texts`. The perplexity is
-            measured on these texts. Texts that state other facts in the wording of the edits show damage at
-            much smaller coefficients than prose does.
+            measured on these texts. Use texts that state other facts in the wording of the edits. They show damage
+            at much smaller coefficients than prose does.
         edits: a path or a sequence of edits. None uses the edits of ``EditMetrics`` or of the training loop.
         coefficients: how much to subtract, as numbers > 0. None uses 0.1, 0.3, 0.5 and 0.7, as in the paper.
-        scale: how the coefficient sets the size of the subtracted change. With "trained", the subtracted change is the
-            coefficient times the trained difference ``FT(theta, old) - theta``, as in the paper. With "base", the
-            trained difference is rescaled first: the norm of the subtracted change is the coefficient times the norm of
-            the original weights (counting only the parameters that the training changed). The size then does not depend
-            on the length of the training.
+        scale: how the coefficient sets the size of the subtracted change. With "trained", the trained difference
+            ``FT(theta, old) - theta`` is multiplied by the coefficient, as in the paper. With "base" (default), the
+            trained difference is rescaled so that its norm is the coefficient times the norm of the original weights.
+            Only the parameters that the training changed count. The size then does not depend on the length of the
+            training.
         max_probability: the old answers count as forgotten at this mean probability or below, in (0, 1).
         max_perplexity_ratio: maximum ratio of the perplexity on ``texts`` after the subtraction to the perplexity
             before the subtraction, >= 1.
@@ -186,9 +186,8 @@ class ForgetFirst(EditCallback):
     def metrics(self, run: EditRun) -> dict[str, float]:
         """Return the metrics of the subtraction.
 
-        The metrics are the coefficient, the teacher-forced accuracy of the old answers after the subtraction, and two
-        values before and after the subtraction: the mean probability of the old answers, and the perplexity on the
-        texts.
+        The metrics are the coefficient, and the teacher-forced accuracy of the old answers after the subtraction. The
+        mean probability of the old answers and the perplexity on the texts are given before and after the subtraction.
         """
         if not self.measured:
             return {}

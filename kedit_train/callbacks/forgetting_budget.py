@@ -36,20 +36,20 @@ class ForgettingBudget(EditCallback):
     divergence on the training data itself, and :class:`OutputAnchor` a distance of outputs, such as forecasts. After
     each optimizer step, ``ForgettingBudget`` compares a running average of the divergence with 0.9 times the budget. If
     the average is larger, the weight of the penalty rises. Otherwise, the weight falls (dual ascent on a Lagrange
-    multiplier). So you choose how much the model may change, and need not choose a weight. The argument ``weight`` of
-    the penalty is only the value at the start.
+    multiplier). You therefore choose how much the model may change, and do not have to choose a weight. The argument
+    ``weight`` of the penalty is only the value at the start.
 
-    The budget holds at the end of a run, if the run is long enough. In the first steps, the divergence can be above the
-    budget, because the weight has not yet adapted. The divergence of a step is measured before the weights change, so
-    the effect of the last step is not measured. If the last average is above the budget, there is a warning at the end
-    of the run.
+    If the run is long enough, the divergence is within the budget at its end. In the first steps, the divergence can be
+    above the budget, because the weight has not yet adapted. The divergence of a step is measured before the weights
+    change, so the effect of the last step is not measured. If the last average is above the budget, there is a warning
+    at the end of the run.
 
     Args:
         kl: the budget: mean divergence per token in nats, in the direction that the penalty uses. For
             :class:`OutputAnchor`, the budget is a mean distance, in the unit of the chosen ``distance``.
-        step_size: how fast the weight adapts. In one step, the Lagrange multiplier rises or falls at most by the factor
-            exp(step_size). While the divergence is above 0.9 times the budget, the weight is up to 1.65 times the
-            multiplier. At all other times, the weight equals the multiplier.
+        step_size: how fast the weight adapts. The weight follows a Lagrange multiplier, which rises or falls in one
+            step at most by the factor exp(step_size). The weight equals the multiplier, except while the running
+            average of the divergence is above 0.9 times the budget. It is then up to 1.65 times the multiplier.
         measured_on: which penalty to adapt, if there are several: "texts" (KLLocality), "batch" (BatchAnchor) or
             "outputs" (OutputAnchor). None requires that there is only one.
         max_weight: upper bound of the weight. If the weight reaches this bound, the learning rate is too high for the
@@ -157,8 +157,8 @@ class ForgettingBudget(EditCallback):
         if penalty.weight == 0.0:
             owner = _OWNERS[penalty.measured_on]
             raise EditError(
-                f"weight of {owner} must be > 0, got 0, because ForgettingBudget changes this weight by a factor in "
-                f"each step; remove weight=0 from {owner}."
+                f"weight of {owner} must be > 0, got 0, because ForgettingBudget multiplies this weight by a factor "
+                f"in each step, so a weight of 0 would stay 0; remove weight=0 from {owner}."
             )
         return penalty
 

@@ -34,34 +34,37 @@ _SMALL = 1e-3
 class GatedAdapter(EditCallback):
     """Let a LoRA adapter act only near the prompts of the edits.
 
-    The run trains a LoRA adapter. This callback adds a gate to it, before the first step. The gate stores a key for
-    each prompt: the hidden state of its last token at the input of one decoder block. Some chat templates write a
-    prompt differently in training and in generation. Then each form has a key. If the training dataset contains a
-    prompt with other text before it, such as a system prompt, this form has a key, too. In each row of a batch, the
-    adapter acts from the first position whose hidden state lies within the radius of a key. At earlier positions, and
-    in rows without such a position, the output of the model is bit for bit the output of the unedited model in the same
-    batch.
+    The run trains a LoRA adapter. Before the first step, this callback adds a gate to the adapter. The gate stores a
+    key for each prompt of the edits: the hidden state of the last token of the prompt at the input of one decoder
+    block. In each row of a batch, the adapter acts from the first position whose hidden state lies within the radius of
+    a key. At earlier positions, and in rows without such a position, the output of the model is bit for bit the output
+    of the unedited model in the same batch.
 
-    The radius of a key is ``margin`` times its distance to the nearest position of the held texts. Held texts are
-    ``texts``, prompts of the edits with other subjects, and the beginnings of the prompts of the edits. With ``margin``
-    below 1, no position of a held text is within a radius. The only exception are held texts that begin with a whole
-    edited prompt: the last token of this prompt is within the radius.
+    If a prompt has several forms, the gate stores a key for each form. For example, some chat templates write a prompt
+    differently in training and in generation. The training dataset can also contain a prompt after other text, such as
+    a system prompt.
 
-    The adapter is trained through the gate, so training and inference are the same. The gate stays on the model after
-    training, also after an interruption. To remove it, call ``gate.remove()``. Until then, saving the model also saves
-    the gate, and the model cannot be merged or trained again. ``path`` saves the adapter and the gate, and
-    :func:`~kedit_train.load_model` loads both. Without the gate, the adapter is an ordinary adapter that acts on every
-    input.
+    Held texts are texts on which the adapter must not act: ``texts``, prompts of the edits with other subjects (see
+    ``neighbors``), and the beginnings of the prompts of the edits. The distance from a key to the nearest hidden state
+    in the held texts, times ``margin``, is the radius of the key. With ``margin`` below 1, the adapter therefore does
+    not act on the held texts. There is one exception: if a held text begins with a whole edited prompt, the adapter
+    acts from the last token of this prompt.
+
+    The gate is also active in training, so the adapter acts at the same positions in training and in inference. The
+    gate stays on the model after training, also after an interruption. To remove it, call ``gate.remove()``. Until
+    then, saving the model also saves the gate, and the model cannot be merged or trained again. If ``path`` is set, the
+    adapter and the gate are saved there, and :func:`~kedit_train.load_model` loads both. Without the gate, the adapter
+    is an ordinary adapter that acts on every input.
 
     Args:
         texts: a source of held texts, or a :class:`Texts`.
-        margin: radius as a fraction of the distance to the nearest position of a held text, in (0, 1].
+        margin: radius of a key as a fraction of its distance to the nearest hidden state in the held texts, in (0, 1].
         layer: index of the decoder block whose inputs are compared with the keys. None takes the first block with an
             adapter. An index above this block is an error. At block 0, the hidden state of a token is its embedding,
-            so a held text that contains the last token of an edited prompt is an error.
-        neighbors: number of additional held texts per edit: the prompt of the edit with a name from the texts in
-            place of its subject (:func:`~kedit_train.data.neighbor_prompts.neighbor_prompts`). With them, fewer prompts
-            about other subjects lie within a radius. Edits without a subject have no such prompts.
+            so an error is raised if a held text contains the last token of an edited prompt.
+        neighbors: number of additional held texts per edit. Each of them is the prompt of the edit with a name from the
+            texts in place of its subject (:func:`~kedit_train.data.neighbor_prompts.neighbor_prompts`). With these
+            texts, the adapter acts on fewer prompts about other subjects. Edits without a subject have no such prompts.
         path: a folder in which the adapter, the gate and the tokenizer are saved when training ends. The folder must
             be new or empty, or contain an earlier gated adapter, whose files are replaced. None saves nothing.
         edits: the edits that are trained: a path or a sequence of edits. None takes the edits of ``EditMetrics`` or of
@@ -73,8 +76,8 @@ class GatedAdapter(EditCallback):
         gate: the gate, with ``keys`` [keys, hidden], ``radii`` [keys], ``layer`` and ``remove()``. None before
             training.
 
-    Logs ``edit/gate/radius`` (mean radius), ``edit/gate/distance`` (mean distance of a key to the nearest
-    position of a held text) and ``edit/gate/open`` (fraction of the training examples in which the gate was open).
+    Logs ``edit/gate/radius`` (mean radius), ``edit/gate/distance`` (mean distance from a key to the nearest hidden
+    state in the held texts) and ``edit/gate/open`` (fraction of the training examples in which the gate was open).
 
     Raises:
         EditError: an argument is out of range, the edits are unknown, the model has no new LoRA adapter, the adapter
@@ -188,8 +191,8 @@ class GatedAdapter(EditCallback):
         if same := int((nearest == 0).sum()):
             raise EditError(
                 f"{same} of {len(radii)} keys (hidden states of edited prompts) equal a hidden state of a held text, "
-                "so no radius separates them; do not adapt block 0 (layers_to_transform of LoRA), and do not set "
-                "layer=0."
+                "so no radius separates them. At block 0, hidden states are only embeddings; do not adapt block 0 "
+                "(layers_to_transform of LoRA), and do not set layer=0."
             )
         small = int((radii < _SMALL * keys.norm(dim=1)).sum())
         if small:
@@ -277,7 +280,7 @@ class GatedAdapter(EditCallback):
         return layer
 
     def _held(self, run: EditRun) -> list[list[int]]:
-        """Return the token ids of the held texts, and of the prompts with other subjects."""
+        """Return the token ids of ``texts``, and of the prompts with other subjects (see ``neighbors``)."""
         held = self.texts.tokenize(run, limit=self.limit, reason="the adapter must act there")
         neighbors = neighbor_texts(run, self.texts, self.neighbors) if self.neighbors else None
         if neighbors is not None:
@@ -285,19 +288,19 @@ class GatedAdapter(EditCallback):
         return held
 
     def _warn_about_closed_rows(self) -> None:
-        """Warn once if the gate stayed closed in training examples. The adapter does not learn such examples."""
+        """Warn once if the gate stayed closed in some training examples, because the adapter does not learn them."""
         closed = self._rows - int(self._opened)
         if not closed or self._warned:
             return
         self._warned = True
         warn(
             f"{closed} of {self._rows} training examples do not open the gate, so the adapter does not learn them; "
-            "they must contain the prompts of edits=, in the same prompt format; in a plain loop, set "
-            "editing(prompt_format=)."
+            "each example must contain a prompt of edits=, in the prompt format that the gate expects (in a plain "
+            "loop, set it with editing(prompt_format=))."
         )
 
     def _count(self, backbone: Any, args: Any, output: Any) -> None:
-        """Count the rows of a training batch, and the rows in which the gate is open. Penalty texts do not count."""
+        """Count the training examples, and those in which the gate is open. Texts of penalties are not counted."""
         opened = None if self.gate is None else self.gate.opened_rows
         if opened is None or self._run is None or self._run.steps.adding_penalties or not torch.is_grad_enabled():
             return
@@ -309,7 +312,7 @@ class GatedAdapter(EditCallback):
 
 
 def _check_base_name(model: Any) -> None:
-    """Raise an error if the saved adapter could not be loaded, because the name of its base model is unknown."""
+    """Raise an error if the base model has no name. ``load_model`` could then not load the saved adapter."""
     (config,) = model.peft_config.values()
     if not (config.base_model_name_or_path or getattr(model.get_base_model(), "name_or_path", "")):
         raise EditError(

@@ -43,16 +43,17 @@ class GradientMask(EditCallback):
     Args:
         score: how to score an entry: a name, or a :class:`MaskScore` with settings. "gradient" is the absolute value of
             the gradient of the mean loss on the target tokens. "fisher" is the diagonal Fisher information at the
-            target positions, with labels drawn from the model. This score is high if the model's current answers depend
-            on the entry. "fisher_ratio" is the "fisher" score divided by the Fisher information on ``texts``. This
-            score is high if the answers depend on the entry but the predictions on the texts do not. "magnitude" is the
+            target tokens, with labels sampled from the model. This score is high for entries that affect the model's
+            current answers. "fisher_ratio" is the "fisher" score divided by the Fisher information on ``texts``. This
+            score is high for entries that affect the answers more than the predictions on the texts. "magnitude" is the
             absolute value of the weight. "random" is a random number. "magnitude" and "random" work with any module;
             the other scores need a causal language model.
         density: fraction of the entries that may change, in (0, 1].
         granularity: the unit that is trained or frozen as a whole. "element" selects single entries. "row" selects
-            output neurons with their bias; a row of an embedding is a token. "column" selects input neurons, and the
-            biases of matrices are frozen. The score of a neuron is the mean over its entries. In vectors that are not
-            the bias of a matrix, such as the weights of a norm layer, each entry counts as a neuron.
+            output neurons with their bias. In an embedding, each row belongs to one token. "column" selects input
+            neurons. The biases of matrices are then frozen, because a bias has no input neurons. The score of a neuron
+            is the mean of the scores of its entries. In a vector that is not the bias of a matrix, such as the weight
+            of a norm layer, each entry counts as a neuron.
         edits: a path or a sequence of edits. Only the prompts and targets are used. None takes the edits of
             ``EditMetrics`` or of the training loop.
         texts: a source of texts or a :class:`Texts`. Only for "fisher_ratio". Texts that contain an evaluation prompt

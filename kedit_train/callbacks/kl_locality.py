@@ -35,23 +35,24 @@ from kedit_train.functional.top_k_divergence import bucket_divergence
 class KLLocality(EditCallback):
     """Penalize the divergence from the model before the edit, on texts unrelated to the edits.
 
-    The penalty is ``weight`` times the mean divergence over all tokens of the texts. It is added to the training loss.
-    With ``direction="forward"``, the penalty is the locality term of MEND. With ``direction="reverse"``, it is the
-    locality term of ROME. No second model is kept in memory. Before training, the input of the output head (the last
-    hidden states) is computed and stored for each text. In every step, the output head computes the logits of the model
-    before the edit from the stored hidden states.
+    The divergence measures how much the next-token predictions of the model differ from those before the edit (see
+    ``direction``). The penalty is ``weight`` times the mean divergence over all tokens of the texts. It is added to the
+    training loss. With ``direction="forward"``, the penalty is the locality term of MEND. With ``direction="reverse"``,
+    it is the locality term of ROME. No second model is kept in memory. Before training, the input of the output head
+    (the last hidden states) is computed and stored for each text. In every step, the output head computes the logits of
+    the model before the edit from the stored hidden states.
 
     Each optimizer step draws ``batch_size`` texts, the same texts on every process. Texts that contain an evaluation
-    prompt of the edits are left out, with a warning. :class:`PrefixCache` changes the padding of the texts, so the
-    penalty with ``PrefixCache`` differs by rounding from the penalty without it.
+    prompt of the edits are left out, with a warning. With :class:`PrefixCache`, the texts are padded differently, which
+    changes the penalty by rounding errors.
 
     For sequential edits, set ``sequential=True`` and use the same instance and the same model object in all runs. The
     reference of every run is then the model before the first run. Up to half of each batch consists of previous edits,
     so the model does not forget these edits. Without ``sequential=True``, the reference of a run is the model after the
     previous run. Unwanted changes from previous runs are then part of the reference and are preserved.
 
-    The penalty does not measure changes of behavior that do not appear on the texts. To limit such changes, add a
-    :class:`NormBall` around the original weights, as ``recipes/one_by_one.py`` does.
+    The penalty measures changes only on the texts. To limit changes on other inputs, add a :class:`NormBall` around the
+    original weights, as ``recipes/one_by_one.py`` does.
 
     Args:
         texts: a source of texts (a list of strings or conversations, a path, a dataset, or "world" for the bundled
@@ -270,8 +271,8 @@ class KLLocality(EditCallback):
     def _texts_of(self, run: EditRun, *, first: bool) -> Texts:
         """Return the texts of a run.
 
-        With ``sequential=True`` and the bundled texts, every later run uses the texts of the run before it, without the
-        texts on facts that the new edits affect.
+        With ``sequential=True`` and the bundled texts, each run leaves out the texts about facts that its edits affect.
+        Later runs also leave out these texts.
         """
         if not (self.texts.of_world and self.sequential):
             return self.texts

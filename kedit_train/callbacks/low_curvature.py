@@ -32,18 +32,20 @@ class LowCurvature(EditCallback):
 
     This is the constraint of CrispEdit. ``D = W - W0`` is the change of a weight, and ``vec(D)ᵀ G vec(D)`` estimates
     how much D harms general ability. G is the Gauss-Newton matrix of the cross-entropy on general texts. For each
-    weight, G is approximated as a Kronecker product of two K-FAC factors. After every optimizer step, the components of
-    D along the eigenvectors of G with the largest eigenvalues are removed. These eigenvectors are selected in
-    descending order of their eigenvalues until the selected eigenvalues add up to at least ``energy`` times the trace
-    of G. Eigenvectors with the same eigenvalue as the last selected one are selected, too.
+    weight, G is approximated as a Kronecker product of two K-FAC factors.
+
+    After every optimizer step, D is projected: its components along the eigenvectors of G with the largest eigenvalues
+    are removed. These eigenvectors are selected in descending order of their eigenvalues until the selected eigenvalues
+    add up to at least ``energy`` times the trace of G. Eigenvectors with the same eigenvalue as the last selected one
+    are selected, too.
 
     ``NullSpace`` removes whole input directions. ``LowCurvature`` removes only pairs of an input direction and an
     output direction, so it leaves more freedom for the edit.
 
-    Two details differ from the published code. First, the published code projects only the gradient before the step.
-    ``LowCurvature`` also projects D after the step, because under Adam a projected gradient alone does not keep D in
-    the subspace. Second, labels are sampled from the model, so that G is the true Gauss-Newton matrix. The projection
-    is computed in fp32.
+    The published code differs in two details. First, it projects only the gradient before the step. ``LowCurvature``
+    also projects D after the step, because an Adam step with a projected gradient can leave the allowed subspace.
+    Second, the published code uses the empirical Fisher matrix. ``LowCurvature`` samples the labels from the model, so
+    G is the true Gauss-Newton matrix. The projection is computed in fp32.
 
     The constraint is exact up to the rounding of the stored weights. ``edit/drift/low_curvature_leak`` is the fraction
     of the change that still lies in removed directions. In fp32, this fraction is below 1e-5 for edits of ordinary
@@ -75,7 +77,7 @@ class LowCurvature(EditCallback):
     Raises:
         EditError: an argument is invalid; the model is not a causal language model; or the scope contains parameters
             that are not supported. Only weights of ``nn.Linear`` and ``Conv1D`` are supported. LoRA matrices are not
-            supported, because an adapter with B = 0 has no curvature. The output head is not supported.
+            supported, because B is zero before training, so A has no curvature. The output head is not supported.
 
     References:
         CrispEdit, arXiv 2602.15823.

@@ -43,10 +43,10 @@ class NullSpace(EditCallback):
     """Project the change of each weight so that the outputs of its layer on given texts stay the same.
 
     This is the null-space constraint of AlphaEdit, applied to fine-tuning. Before training, the model reads the texts
-    once. For each weight in the scope, the columns of a matrix U are the preserved directions. They contain most of the
-    energy of the layer inputs (see ``energy``). After each optimizer step, the weight is set to
-    ``W = W0 + (W - W0)(I - U Uᵀ)``, where W0 is the weight before the edit. For inputs in the span of U, the output of
-    the layer then does not change.
+    once. For each weight in the scope, this gives a matrix U. Its orthonormal columns, the preserved directions,
+    contain most of the inputs of the layer on the texts (see ``energy``). After each optimizer step, the weight is set
+    to ``W = W0 + (W - W0)(I - U Uᵀ)``, where W0 is the weight before the edit. For inputs in the span of U, the output
+    of the layer then does not change.
 
     The whole change is projected, because under Adam a projected gradient alone does not keep the change orthogonal to
     U. Gradients are projected as well, so that Adam's statistics contain only directions in which the weight may move.
@@ -72,11 +72,13 @@ class NullSpace(EditCallback):
             prompt of the edit with a name from the texts in place of the edit's subject
             (:func:`~kedit_train.data.neighbor_prompts.neighbor_prompts`). The edit then affects other subjects less.
             Edits without a subject have no such prompts. Default 0.
-        energy: fraction of the energy of the layer inputs that is preserved, in (0, 1]. Default 0.9. The energy is the
-            trace of the second moment. A higher value preserves more behavior and leaves less freedom for the edit.
+        energy: fraction of the energy of the layer inputs that the preserved directions contain, in (0, 1]. Default
+            0.9. The energy is the mean squared norm of the inputs. A higher value preserves more behavior and leaves
+            less freedom for the edit.
         preserve: previous edits (an ``EditDataset``, a list of ``Edit`` or a path to edits) or texts to preserve in
-            addition to ``texts``. ``energy`` applies separately to ``texts``, to the prompts of ``neighbors``, to texts
-            in ``preserve``, and to all earlier edits together.
+            addition to ``texts``. ``energy`` applies separately to each of these groups: ``texts``, the prompts of
+            ``neighbors``, the texts in ``preserve``, and all earlier edits (those in ``preserve`` and those of earlier
+            runs).
         sequential: whether consecutive runs of this callback object on one model preserve the edits of earlier runs. A
             later edit with the same prompt replaces the earlier edit. The texts are read only before the first run.
             Before each later run, the model reads only the edits of the run before it. If a run edits a prompt again,
@@ -291,7 +293,7 @@ class NullSpace(EditCallback):
         ).inputs
 
     def _read_preserve(self) -> tuple[list[Edit], Any]:
-        """Return the edits in ``preserve``, and the texts or model inputs in it. One of the two results is empty."""
+        """Return (edits, None) if ``preserve`` contains edits, otherwise ([], its texts or model inputs)."""
         preserve = self.preserve
         if isinstance(preserve, str | Path):
             preserve = EditDataset.load(preserve)
@@ -304,7 +306,7 @@ class NullSpace(EditCallback):
         return [], replace(self._settings(), source=preserve, nearest=None)
 
     def _settings(self) -> Texts:
-        """Return the settings for tokenizing edits and ``preserve``: the settings of ``texts`` or the defaults."""
+        """Return how edits and ``preserve`` are tokenized: with the settings of ``texts``, or with the defaults."""
         return self.texts if isinstance(self.texts, Texts) else Texts([])
 
     def _directions(
@@ -312,7 +314,8 @@ class NullSpace(EditCallback):
     ) -> dict[str, Tensor]:
         """Return the directions to preserve for each weight, [d_in, rank] in fp64.
 
-        ``start`` may contain the directions of similar moments. The computation then begins with these directions.
+        The optional ``start`` contains the directions from an earlier run. If the moments have changed little since
+        then, the computation is faster with ``start``.
         """
         start = start or {}
         return {

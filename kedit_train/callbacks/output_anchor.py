@@ -22,9 +22,10 @@ _NAME = Rule("the name of a submodule", lambda value: isinstance(value, str))
 class OutputAnchor(EditCallback):
     """Penalize changed outputs on given inputs, compared with the model before the edit.
 
-    ``weight`` times the mean distance between the outputs before the edit and now is added to the training loss. The
-    model may be any module. For example, the forecasts of a forecaster on given windows stay close to its forecasts
-    before the edit. For texts and language models, use :class:`KLLocality`, which needs less memory.
+    The penalty is ``weight`` times the mean distance between the current outputs and the outputs before the edit. It is
+    added to the training loss. The model may be any module. For example, the penalty keeps the forecasts of a
+    forecaster on given windows close to the forecasts before the edit. For texts and language models, use
+    :class:`KLLocality`, which needs less memory.
 
     Before training, the model computes its outputs on all inputs once. These outputs are stored in CPU memory. Each
     optimizer step draws ``batch_size`` items, the same items on every process, and calls the model in evaluation mode
@@ -32,8 +33,8 @@ class OutputAnchor(EditCallback):
 
     Args:
         inputs: one item per forward pass: a tensor, a tuple (positional arguments) or a mapping (keyword arguments).
-            Or the path of a safetensors file, whose tensors are named like the arguments of ``forward`` and have the
-            shape [forward passes, windows, ...].
+            This can also be the path of a safetensors file. Its tensors are named like the arguments of ``forward`` and
+            have the shape [forward passes, windows, ...].
         distance: "mse" is the mean squared difference, in the squared unit of the outputs. "quantile" is the mean
             absolute difference, in the unit of the outputs. If the outputs are evenly spaced quantiles, this difference
             approximates the 1-Wasserstein distance of two forecasts. "kl" is KL(before || now) in nats. It requires
@@ -44,8 +45,8 @@ class OutputAnchor(EditCallback):
         output: which tensor of the model's output to compare: a name, an index, or a function of the output. None
             requires that the output is a tensor.
         batch_size: number of items per optimizer step.
-        module: name of the submodule to call, for example "model". None calls the language model in the module that the
-            loop trains, or this module itself if it contains no language model.
+        module: name of the submodule to call, for example "model". None calls the language model that the trained
+            module contains. If it contains no language model, None calls the trained module itself.
         seed: seed of the draws. Every item is drawn once before any item is drawn again.
 
     Raises:
@@ -137,7 +138,7 @@ class OutputAnchor(EditCallback):
         return self._penalty.weight * mean
 
     def _distances(self, index: int) -> Tensor:
-        """Return the distances [N] between the outputs before the edit and now for one item, without padding."""
+        """Return the distances [N] between the old and the current outputs for one item. Padding is left out."""
         assert self._reference is not None
         before, now = self._reference.pair(index)
         distances = output_distance(before, now, distance=self.distance)

@@ -31,13 +31,14 @@ class ParameterScope(EditCallback):
             a model with 12 layers), an inclusive range (``"4-6"``, ``"0.5-0.75"``) or several of these
             (``[2, "4-6"]``, ``"2,4-6"``). None selects the matching modules of the whole model, including modules
             outside the layers, such as the embeddings.
-        modules: the modules to train: one pattern or several, for example ``"mlp.down_proj"``,
-            ``"self_attn.*_proj"`` or ``"mlp"``. Patterns and parameter names are split at the dots. A pattern matches
-            a parameter if the parts of the pattern follow each other directly in the parameter's name. The pattern
-            ``"mlp.down_proj"`` includes the bias; ``"mlp.down_proj.weight"`` does not. ``"*"`` matches every
-            parameter, so ``ParameterScope(modules="*")`` is full fine-tuning. None selects all modules of the layers.
-            In a mixture-of-experts model, ``"mlp.down_proj"`` matches the down-projections of all experts. The router
-            is frozen, unless a pattern contains its name (``"mlp.gate"``) or is ``"*"``.
+        modules: the modules to train: one pattern or several, for example ``"mlp.down_proj"``, ``"self_attn.*_proj"``
+            or ``"mlp"``. Dots separate the parts of patterns and parameter names. A pattern matches a parameter if its
+            parts are consecutive parts of the parameter's name. For example, ``"mlp.down_proj"`` matches
+            ``model.layers.4.mlp.down_proj.weight`` and the bias of the same module. ``"mlp.down_proj.weight"`` does not
+            match the bias. ``"*"`` matches every parameter, so ``ParameterScope(modules="*")`` is full fine-tuning.
+            None selects all modules of the layers. In a mixture-of-experts model, ``"mlp.down_proj"`` matches the
+            down-projections of all experts. The router is frozen, unless a pattern contains its name (``"mlp.gate"``)
+            or is ``"*"``.
         full_precision: whether to train bf16 and fp16 parameters in fp32 and round them when training ends. In half
             precision, updates below about 1/256 of a weight would be lost. Checkpoints that are written during training
             contain these parameters in fp32.

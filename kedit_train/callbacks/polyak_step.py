@@ -36,16 +36,16 @@ class PolyakStep(EditCallback):
     optimizer, its learning rate and a learning rate schedule have no effect on the weights in scope.
 
     Other callbacks act as usual: a penalty (``KLLocality``) is part of the gradient, and constraints (``NullSpace``,
-    ``NormBall``, ``GradientMask``) are applied after the step. If ``NormBall`` removes a part of the step, the loss
-    falls by less than predicted. This does not happen with ``NullSpace``, ``LowCurvature`` and ``GradientMask``: these
-    callbacks project not only the step but also the gradient from which the prediction is computed.
+    ``LowCurvature``, ``GradientMask``, ``NormBall``) are applied after the step. ``NormBall`` changes only the step. If
+    it removes a part of the step, the loss falls by less than predicted. The other three constraints also project the
+    gradient, so the prediction is made for the projected step.
 
     If an edit cannot be learned, the loss stops falling, but every step still moves the weights and changes other
     answers. A warning is issued if the average loss has not fallen by one percent in 20 steps.
 
     Args:
-        step_size: how much a step reduces the training loss according to the gradient, as a fraction of the loss. A
-            smaller value needs more steps and preserves more behavior. Default 0.1.
+        step_size: the reduction of the training loss that the gradient predicts for a step, as a fraction of the loss.
+            A smaller value needs more steps and preserves more behavior. Default 0.1.
 
     Raises:
         EditError: ``step_size`` is not above 0 and at most 1; no callback computes the loss; or another callback also
@@ -123,11 +123,14 @@ class PolyakStep(EditCallback):
             )
 
     def coordinates(self, name: str, gradient: Tensor) -> Tensor:
-        """Convert the gradient of a parameter to the coordinates in which Adam runs."""
+        """Convert the gradient of a parameter to the coordinates in which Adam runs.
+
+        In this class, these are the parameter's own coordinates, so the gradient stays the same.
+        """
         return gradient
 
     def change(self, name: str, direction: Tensor) -> Tensor:
-        """Convert a direction in the coordinates of Adam to a change of the parameter."""
+        """Convert a direction from the coordinates in which Adam runs to a change of the parameter."""
         return direction
 
     @torch.no_grad()
@@ -147,7 +150,7 @@ class PolyakStep(EditCallback):
             raise EditError(self.describe_overflow(unscaled, run.step + 1))
 
     def describe_overflow(self, gradients: Mapping[str, Tensor], step: int) -> str:
-        """Return the error message for gradients whose squares are not finite in the coordinates of Adam."""
+        """Return the error message for gradients that are not finite, or not finite after Adam squares them."""
         return (
             f"the gradients of step {step} contain NaN or infinite values, or values whose squares are infinite; check "
             "the loss of this batch, or use a lower step_size."
@@ -189,8 +192,8 @@ class PolyakStep(EditCallback):
         if self._since == _STALLED:
             warn(
                 f"the average training loss has not fallen in the last {_STALLED} steps (now {loss:.3g}), but every "
-                "step still moves the weights; an edit may be impossible to learn in this scope: find it with "
-                "EditMetrics(every_n_steps=), and remove or reword it, or stop the training here."
+                "step still moves the weights; an edit may be impossible to learn in this scope. Find this edit with "
+                "EditMetrics(every_n_steps=) and remove or reword it, or stop the training here."
             )
 
     def state(self) -> dict[str, Any]:

@@ -43,9 +43,9 @@ class PrefixCache(EditCallback):
 
     If a frozen weight or buffer is modified or replaced, ``PrefixCache`` detects the change before the next batch and
     empties the cache. In addition, after every ``recheck`` batches from the cache, one batch is computed in full and
-    compared with the stored hidden states. Only this comparison detects ``parameter.data.add_()``, a new value of a
-    Python attribute, and random numbers from a hook's own generator. Between such a change and the next comparison,
-    batches use outdated hidden states.
+    compared with the stored hidden states. Three changes are detected only by this comparison: a write with
+    ``parameter.data.add_()``, a new value of a layer's Python attribute, and random numbers that a hook draws from its
+    own generator. Between such a change and the next comparison, batches use outdated hidden states.
 
     Args:
         memory_limit: CPU memory for hidden states per process: a number of bytes, or a string such as "500MB" or
@@ -123,9 +123,9 @@ class PrefixCache(EditCallback):
             gate = find_gate(model)
             if gate is not None and gate.layer < prefix.cut:
                 raise EditError(
-                    f"the gate of the adapter reads the input of block {gate.layer}, which would be skipped, because "
-                    f"the first trained block is {prefix.cut}; remove PrefixCache, or set layer={prefix.cut} in "
-                    "GatedAdapter and adapt no lower block."
+                    f"the gate of the adapter reads the input of block {gate.layer}, but PrefixCache skips all blocks "
+                    f"below block {prefix.cut}, the first trained block; remove PrefixCache, or set "
+                    f"layer={prefix.cut} in GatedAdapter and adapt no lower block."
                 )
             store = HiddenStateStore(self._bytes, None if self.cache_dir is None else Path(self.cache_dir))
             self._prefix = FrozenPrefix(model, prefix, store, self.recheck, lambda: run.reads_hidden_states)

@@ -66,7 +66,7 @@ class SaveDelta(EditCallback):
             edits of ``EditMetrics`` or of the training loop, if any.
         license: license of the base model, to write into the file. None takes the license from the model card in the
             folder of the model.
-        upload: if the training loop logs to a W&B run: whether to upload the file as an artifact of this run.
+        upload: whether to upload the file as an artifact of the W&B run, if the training loop logs to one.
 
     Attributes:
         delta: the saved :class:`~kedit_train.delta.EditDelta`. None before the end of training.

@@ -35,12 +35,12 @@ class StopWhenEdited(EditCallback):
             token is learned if its loss is at most the ``epsilon`` of ``TokenLoss``. "epoch" stands for the number of
             steps in one epoch.
         smallest_probability: stop when every target token has at least this probability, in (0, 1), under teacher
-            forcing. ``EditMetrics(every_n_steps=...)`` measures the probabilities. A mean over tokens would hide a
-            single token that was not learned.
+            forcing. ``EditMetrics(every_n_steps=...)`` measures the probabilities. Unlike a mean over the tokens, this
+            rule is not met while a single token is not learned.
         kl_budget: stop when the KL divergence from the reference model, in nats per token, is above this value.
-            ``KLLocality`` measures the divergence on texts, as the mean since the last log event. ``EditMetrics`` with
-            the metric "kl" measures the divergence on the locality prompts. If both callbacks are used, the rule uses
-            the larger of the two divergences.
+            ``KLLocality`` measures the divergence on texts and averages it since the last log event. ``EditMetrics``
+            with the metric "kl" measures the divergence on the locality prompts. If both callbacks are used, the rule
+            uses the larger of the two divergences.
 
     Attributes:
         reason: the rules that were met, as text. None while training continues.

@@ -42,23 +42,24 @@ class SubjectTokens(EditCallback):
     too. Add :class:`NullSpace` to keep more of these answers. The callback does not change the forward pass: for the
     same weights, the outputs and the loss are the same. The gradients of hidden states still flow through all tokens.
 
-    The model must be a pretrained language model. Such a model reads what it knows about a subject at the tokens of the
-    subject. On the small bundled model, many edits with this callback do not succeed. The example below only shows the
-    calls.
+    Use this callback only with a pretrained language model. Such a model retrieves facts about a subject at the tokens
+    of the subject. On the small bundled model, many edits with this callback do not succeed. The example below only
+    shows the calls.
 
-    A training example belongs to an edit if its text contains the prompt of the edit. If the subject is only the first
-    token of the text, the example is trained at all tokens of the prompt. The reason is that most models store nothing
-    about a subject at the first position (an attention sink). Examples without the prompt of an edit and edits without
-    a subject are trained at all tokens. Penalties on other texts, such as ``KLLocality``, act at all tokens, too.
-    Losses on the training examples, such as ``TokenLoss`` and ``BatchAnchor``, act only at the tokens of the subject.
+    A training example belongs to an edit if its text contains the prompt of the edit. If the subject is a single token
+    at the start of the text, the example is trained at all tokens of the prompt. The reason is that most models store
+    nothing about a subject at the first position (an attention sink). Examples without the prompt of an edit and edits
+    without a subject are trained at all tokens. Losses on the training examples, such as ``TokenLoss`` and
+    ``BatchAnchor``, act only at the tokens of the subject. Penalties on other texts, such as ``KLLocality``, act at all
+    tokens.
 
     Args:
         edits: the edits that are trained (a path, a list of ``Edit`` or an ``EditDataset``). None uses the edits of
             ``EditMetrics``, ``EditDataModule``, ``EditSFTTrainer`` or ``editing(edits=)``.
 
     Logs ``edit/scope/subject_examples`` (the fraction of training examples in which a subject was found) and
-    ``edit/scope/subject_share`` (the fraction of all tokens, without padding, that train the weights; examples without
-    a subject count with all tokens).
+    ``edit/scope/subject_share`` (the fraction of the tokens of the training examples, without padding, that contribute
+    to the gradients of the weights). In an example without a subject, all tokens contribute.
 
     Raises:
         EditError: the edits of the run are unknown; the scope contains parameters other than weights of ``nn.Linear``,
@@ -179,7 +180,7 @@ class SubjectTokens(EditCallback):
     # -- one forward pass, in the order of the calls
 
     def _receive(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Remember the token ids of the whole model, because its backbone may receive only embeddings."""
+        """Store the token ids that the whole model receives, because its backbone may receive only embeddings."""
         ids = kwargs.get("input_ids", args[0] if args else None)
         if isinstance(ids, Tensor):
             self._received = ids, kwargs.get("attention_mask")
@@ -208,7 +209,10 @@ class SubjectTokens(EditCallback):
         self._inside = False
 
     def _mark(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Attach the chosen positions to the input of a block. Gradient checkpointing needs them for the block."""
+        """Attach the chosen positions to the input of a block.
+
+        When gradient checkpointing recomputes the block, the positions are read from this input.
+        """
         hidden = block_input(args, kwargs)
         if self._inside and hidden is not None:
             setattr(hidden, _CHOSEN, self._chosen)

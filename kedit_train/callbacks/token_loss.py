@@ -221,13 +221,13 @@ class TokenLoss(EditCallback):
         return self.epsilon > 0.0 and active == 0.0
 
     def metrics(self, run: EditRun) -> dict[str, float]:
-        """Return means over the tokens since the last call.
+        """Return statistics of the tokens since the last call.
 
         Returns:
-            ``edit/tokens/active``, the fraction of tokens with a gradient. For ``"overtone"``, three more values.
-            ``edit/tokens/accepted``: fraction of tokens for which the mixture was used. ``edit/tokens/survivors``:
-            number of tokens of the vocabulary that passed the filter, which removes unlikely tokens.
-            ``edit/tokens/label_mass``: probability of the label in the target.
+            ``edit/tokens/active``, which is the fraction of tokens with a gradient. ``"overtone"`` adds three means
+            over the tokens. ``edit/tokens/accepted`` is the fraction of tokens for which the mixture was used.
+            ``edit/tokens/survivors`` is the number of tokens of the vocabulary that passed the filter, which removes
+            unlikely tokens. ``edit/tokens/label_mass`` is the probability of the label in the target distribution.
         """
         if not self._tokens:
             return {}
@@ -258,7 +258,7 @@ class TokenLoss(EditCallback):
 
 
 def _true_vocabulary(run: EditRun) -> int | None:
-    """Return the number of tokens of the tokenizer if the output head has more rows than that, else None.
+    """Return the tokenizer's number of tokens if the output head has more rows than tokens, and None otherwise.
 
     The logits of the additional rows are noise. The noise would increase the standard deviation of the logits, and the
     filter of ``"overtone"`` would then keep more tokens.

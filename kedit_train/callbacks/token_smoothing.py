@@ -18,10 +18,10 @@ class TokenSmoothing(TokenLoss):
         objective: see :class:`TokenLoss`.
         label_weight: weight of the one-hot label in the mixture, in [0, 1]; default 0.1. It corresponds to a label
             smoothing factor of 1 - ``label_weight``.
-        epsilon: threshold (clip) in nats; default 0.05. The paper uses 0.05 with LoRA and 0.01 when one layer is
-            trained in full.
+        epsilon: threshold (clip) in nats; default 0.05. The OverTone paper uses 0.05 with LoRA and 0.01 when one layer
+            is trained in full.
         n_sigma: width of the filter that removes unlikely tokens, in standard deviations of the logits; default 0.5.
-            The paper uses 1 with MELO and WISE.
+            The OverTone paper uses 1 with MELO and WISE.
         reduction: see :class:`TokenLoss`.
 
     Raises:

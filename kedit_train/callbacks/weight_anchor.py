@@ -33,8 +33,8 @@ class WeightAnchor(EditCallback):
     """Pull the weights w in the scope towards their values w0 before the edit.
 
     "l2sp" is the penalty ``strength / 2 * sum (w - w0)^2``. By default, this penalty is not part of the loss, because
-    Adam would rescale the gradient of the penalty for each weight. Instead, the weights are updated after each
-    optimizer step, like decoupled weight decay in AdamW: ``w`` becomes ``w - learning_rate * strength * (w - w0)``.
+    Adam would rescale the gradient of the penalty for each weight. Instead, a decoupled update follows each optimizer
+    step, like the weight decay of AdamW: ``w`` becomes ``w - learning_rate * strength * (w - w0)``.
 
     "ewc" is the penalty ``strength / 2 * sum F (w - w0)^2``. F is the Fisher information per token on general texts,
     with labels sampled from the model. "kfac" is the penalty ``strength / 2 * tr(S D A Dᵀ)`` for the change D of each
@@ -51,9 +51,8 @@ class WeightAnchor(EditCallback):
 
     Args:
         kind: "l2sp" (default), "ewc" or "kfac". "l2sp" works with any module. "ewc" and "kfac" need a causal language
-            model and ``texts``. With "kfac", only weights of ``nn.Linear`` and ``Conv1D`` can be in the scope.
-            With "kfac", the first token of every text is also left out of A and S, because it is an attention sink in
-            many models.
+            model and ``texts``. With "kfac", only weights of ``nn.Linear`` and ``Conv1D`` can be in the scope. A and S
+            are computed without the first token of every text, because it is an attention sink in many models.
         strength: strength of the penalty, >= 0. None (default) is 2 for "l2sp", 1000 for "ewc" and 100 for "kfac". The
             total effect of the decoupled updates in a run depends on learning rate * strength * number of steps. With
             "ewc", plain SGD diverges if learning rate * strength * F exceeds 2.
@@ -61,10 +60,10 @@ class WeightAnchor(EditCallback):
             seeds the choice of sequences and the sampled labels.
         decoupled: for "l2sp": whether to update the weights after the optimizer step (default) or to add the penalty to
             the loss (False).
-        anchor: the weights w0 in consecutive runs on one model. "base" (default): the weights before the first run of
-            this instance. The penalty then also undoes edits of previous runs. To preserve these edits, add
-            ``KLLocality(sequential=True)``. "previous": the weights before the current run. F, S and A are computed
-            with the weights w0.
+        anchor: which weights are w0 if this instance is used in several runs on one model. "base" (default): the
+            weights before the first run. The penalty then also undoes edits of previous runs. To preserve these edits,
+            add ``KLLocality(sequential=True)``. "previous": the weights before the current run. In both cases, F, S
+            and A are computed with the weights w0.
         limit: for "ewc" and "kfac": number of token sequences that are read. With "ewc", each sequence needs one
             backward pass. With "kfac", 16 sequences share one backward pass. None uses all sequences. Default 256.
 

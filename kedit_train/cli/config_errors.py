@@ -113,7 +113,7 @@ def _without_base(lines: list[str]) -> list[str]:
 
 
 def arguments(class_path: str) -> list[str]:
-    """Return the names of the arguments that a class accepts in ``init_args``. Empty if the class does not exist."""
+    """Return the names of the arguments that a class accepts in ``init_args``, or [] if the class does not exist."""
     module, _, name = class_path.rpartition(".")
     try:
         return [p for p in inspect.signature(getattr(import_module(module), name)).parameters if p != "kwargs"]

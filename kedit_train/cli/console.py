@@ -38,7 +38,7 @@ def print_error(message: str) -> None:
 def ending_interrupts() -> Iterator[None]:
     """Context manager in which ^C ends the process with one line and the exit code 130.
 
-    ^C also has this effect while modules are imported.
+    A command imports its modules inside this context manager, so that ^C has the same effect during a slow import.
     """
     try:
         yield

@@ -80,9 +80,9 @@ class EditParser(LightningArgumentParser):
         super().validate(namespace, *arguments, **kwargs)
 
     def _has_keys_only(self, group: str) -> bool:
-        """Return True for a group of keys without a value of its own, such as ``trainer``.
+        """Return True for a group of keys that has no value of its own, such as ``trainer``.
 
-        jsonargparse would accept any value for such a group.
+        jsonargparse itself does not reject a value in the place of such a group, for example ``trainer: 5``.
         """
         try:
             self.get_default(group)
@@ -109,8 +109,8 @@ class EditCLI(LightningCLI):
 
     Args:
         parser_kwargs: arguments of the parsers.
-        named_arguments: callback arguments that the command line sets by the callback's class name, as
-            ``split_by_name`` returns them.
+        named_arguments: arguments of callbacks that the command line names by class, such as
+            ``--trainer.callbacks.KLLocality.texts``. ``split_by_name`` returns them.
         kwargs: arguments of ``LightningCLI``.
     """
 
@@ -176,9 +176,8 @@ def share_texts(config: Any) -> None:
     """Replace ``texts: world`` in the callbacks by the value of ``data.texts``, if it is set.
 
     Raises:
-        EditError: the model or the edits are not the bundled ones, but the run still uses bundled data: a callback has
-            ``texts: world``, or ``data.augmentation.replay`` is "world". The error is also raised if ``data.texts`` is
-            set, but no callback has ``texts: world``.
+        EditError: the run uses the bundled texts or the bundled replay prompts, but its model or its edits are not the
+            bundled ones. The error is also raised if ``data.texts`` is set, but no callback has ``texts: world``.
     """
     callbacks = config.trainer.callbacks or []
     callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
@@ -236,7 +235,10 @@ def _path_of(cls: type) -> str:
 
 
 def _source(texts: Any) -> Any:
-    """Return ``source`` if ``texts`` is the configuration of a ``Texts`` object. Otherwise, return ``texts`` itself."""
+    """Return the source of the texts that a callback's setting ``texts`` selects.
+
+    The setting is either the source itself or the configuration of a ``Texts`` object, which has the key ``source``.
+    """
     return texts.get("source") if isinstance(texts, Namespace) else texts
 
 

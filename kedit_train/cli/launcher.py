@@ -95,10 +95,11 @@ def usage() -> str:
 
 
 def split(arguments: Sequence[str]) -> tuple[list[str], str | None, list[str]]:
-    """Split arguments into launcher options, the recipe or script, and the arguments of the recipe or script.
+    """Split the words of a command into launcher options, the recipe or script, and the words after it.
 
-    If no recipe or script is given, the second part is None. The third part is then ``["--help"]`` if the user asks for
-    help, and empty otherwise.
+    Returns:
+        A tuple of the launcher options, the recipe or script (or None), and the words after it. If the user asks for
+        help and gives no recipe or script, these words are ``["--help"]`` or ``["-h"]``.
 
     Raises:
         EditError: an option is unknown or has no value.

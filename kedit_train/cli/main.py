@@ -1,6 +1,6 @@
 """The command ``python -m kedit_train``: ``fit`` runs a recipe in Lightning, ``sft`` runs a recipe in TRL.
 
-``lightning run`` starts the same command.
+The command ``lightning run RECIPE`` also runs a recipe with ``fit``.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from kedit_train.processes import end_process_group
 def main() -> None:
     """Run the command with the arguments in ``sys.argv``.
 
-    The exit code is 1 if the run fails and 2 if the arguments are not valid. One printed line says why. Set the
-    environment variable ``KEDIT_TRACEBACK=1`` to see the traceback.
+    The exit code is 1 if the run fails and 2 if the arguments are not valid. In both cases, one line with the reason is
+    printed. Set the environment variable ``KEDIT_TRACEBACK=1`` to see the traceback.
     """
     quiet()
     try:

@@ -30,8 +30,8 @@ def parse(arguments: Sequence[str]) -> Namespace:
     """Return the configuration that ``fit`` would run with these arguments. Nothing is built or loaded.
 
     Raises:
-        EditError: the configuration combines the bundled texts with a model or with edits that are not bundled; see
-            :func:`~kedit_train.cli.edit.share_texts`.
+        EditError: the run uses bundled texts, but its model or its edits are not the bundled ones, or ``data.texts`` is
+            set but not used; see :func:`~kedit_train.cli.edit.share_texts`.
         SystemExit: a key is not valid. Before the exit, one line that names the key is printed.
     """
     words, named = split_by_name(with_catalog(arguments))

@@ -37,7 +37,7 @@ def summary(run: EditRun) -> list[str]:
 
 
 def print_summary(callbacks: Iterable[Any]) -> None:
-    """Print :func:`summary` of the run that the callbacks of a trainer have joined."""
+    """Print the :func:`summary` of the run to which the callbacks of a trainer belong."""
     run = next((c.run for c in callbacks if isinstance(c, EditCallback) and c.run is not None), None)
     if run is not None and run.host.is_main:
         print("\n".join(summary(run)), file=sys.stderr, flush=True)
@@ -46,7 +46,7 @@ def print_summary(callbacks: Iterable[Any]) -> None:
 class PrintSummary(Callback):
     """Print what a Lightning run is about to do, at the start of the run.
 
-    Put this callback before all other callbacks, because they begin their work at the same moment.
+    Put this callback before all other callbacks. The summary is then printed before the other callbacks begin to work.
     """
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
@@ -56,8 +56,9 @@ class PrintSummary(Callback):
 class RunProgress(ProgressBar):
     """Show one line for the whole run: the step, and the last loss, reliability and locality.
 
-    The line is shown only in a terminal. In a file or a pipe, the host of the run prints a line every few epochs. Put
-    this callback before the callbacks that print results at the end, so that the line ends before them.
+    The line is shown only in a terminal. If the output goes to a file or a pipe, a new line is printed every few epochs
+    instead. Put this callback before the callbacks that print results at the end of the run. The progress line is then
+    complete before the results are printed.
     """
 
     def __init__(self) -> None:

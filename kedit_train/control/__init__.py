@@ -1,6 +1,6 @@
-"""Representation editing: a value function on hidden states, and generation that is controlled by its gradient.
+"""Representation editing: train a value function on hidden states, and control generation with its gradient.
 
-The behavior of a language model changes, but not its weights (RE-Control, arXiv 2406.05954). See
+The answers of a language model change, but its weights stay the same (RE-Control, arXiv 2406.05954). See
 ``docs/representation_control.md``.
 """
 

@@ -41,6 +41,9 @@ def measure_control(
 ) -> dict[str, Any]:
     """Generate greedy answers without and with control, and return their mean rewards and speeds.
 
+    With control, the answers are generated in a :func:`~kedit_train.control.controlled` block. In the keys of the
+    result, "before" means without control, and "after" means with control.
+
     Args:
         model: a causal language model.
         tokenizer: its tokenizer.
@@ -48,7 +51,7 @@ def measure_control(
         prompts: prompts on which the value function was not trained.
         reward: the reward.
         generation: arguments of ``generate_answers``.
-        control: arguments of :func:`~kedit_train.control.controlled`.
+        control: arguments of ``controlled``.
 
     Returns:
         ``reward_before`` and ``reward_after`` (mean over the prompts), ``tokens_per_second_before`` and
@@ -107,9 +110,9 @@ class ControlMetrics(Callback):
         batch_size: number of prompts per forward pass.
 
     Raises:
-        EditError: an argument is out of range. Before training starts: a prompt is also a prompt of the
-            :class:`ResponseDataModule`, is too long or cannot be scored by the reward, or a layer has no value
-            function.
+        EditError: an argument is out of range. Before training starts, the error is also raised if a layer has no value
+            function, or if a prompt cannot be used: it is also a prompt of the :class:`ResponseDataModule`, it is too
+            long, or the reward cannot score it.
 
     Example:
         >>> from kedit_train.control import ControlMetrics
@@ -165,8 +168,8 @@ class ControlMetrics(Callback):
             module: the :class:`ValueModule`.
 
         Raises:
-            EditError: a prompt is also a prompt of ``data``, is too long, or cannot be scored by the reward, or a layer
-                has no value function.
+            EditError: a layer has no value function, or a prompt cannot be used: it is also a prompt of ``data``, it is
+                too long, or the reward cannot score it.
         """
         trained = {record["prompt"] for record in data.records}
         with reported_by("ControlMetrics"):
@@ -181,7 +184,10 @@ class ControlMetrics(Callback):
             check_reward(data.reward, self.prompts, [""] * len(self.prompts))
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Generate the answers, log the metrics and print them. The value function is already saved."""
+        """Generate the answers, log the metrics and print them.
+
+        ``ValueModule`` saves the value function earlier, in ``on_train_end``. An error here does not affect the file.
+        """
         module: Any = pl_module
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         formats: PromptFormat = data.prompt_format

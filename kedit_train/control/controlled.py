@@ -21,11 +21,12 @@ from kedit_train.functional.gradient_control import ascend
 
 @dataclass
 class Control:
-    """Counts of the changes that a ``controlled`` block has made so far.
+    """The number and the mean size of the changes that a ``controlled`` block has made so far.
 
     Attributes:
-        positions: number of changes of hidden states. A position counts once for each controlled layer. Without a
-            key-value cache, every forward pass changes the earlier generated positions again and counts them again.
+        positions: number of changed hidden states. Each generated position has one hidden state per controlled layer.
+            Without a key-value cache, every forward pass changes the earlier generated positions again. They are then
+            counted again.
     """
 
     positions: int = 0
@@ -37,7 +38,12 @@ class Control:
         return float(self._change) / max(1, self.positions)
 
     def count(self, before: Tensor, after: Tensor) -> None:
-        """Count N changed hidden states, given before and after the change, each [N, hidden]."""
+        """Count changed hidden states.
+
+        Args:
+            before: the hidden states before the change, [N, hidden].
+            after: the same hidden states after the change, [N, hidden].
+        """
         norm = before.float().norm(dim=-1).clamp(min=1e-30)
         self._change = self._change + ((after.float() - before.float()).norm(dim=-1) / norm).sum().detach()
         self.positions += len(before)
@@ -54,12 +60,12 @@ def controlled(
     layers: Sequence[Layer] | None = None,
     first_token: bool = False,
 ) -> Iterator[Control]:
-    """Context manager: during generation, change hidden states so that their value is higher. No weight changes.
+    """Context manager: during generation, move hidden states along the gradient of a value function.
 
-    The value is the output of the value function ``value``. At each generated position, ``steps`` gradient steps are
-    made: ``h <- h + step_size * gradient of value(h)``. The change of a hidden state stays within a ball around the
-    unchanged hidden state (trust region). Hidden states of the prompt do not change. With a key-value cache, later
-    tokens read keys and values that the layers above computed from the changed state.
+    At each generated position, ``steps`` gradient steps are made: ``h <- h + step_size * gradient of value(h)``. The
+    change of a hidden state stays within a ball around the unchanged hidden state (trust region). The weights do not
+    change. The hidden states of the prompt do not change either, except at its last token if ``first_token`` is True.
+    With a key-value cache, later tokens read keys and values that the layers above computed from the changed state.
 
     With ``step_size=0``, ``steps=0`` or ``radius=0``, the model computes exactly the same as without the block. When
     the block ends, also with an error, all hooks are removed.
@@ -74,7 +80,7 @@ def controlled(
         layers: the layers to control: indices, or "head" for the input of the output head. ``value`` must have been
             trained on these layers. None: all layers of ``value``.
         first_token: True also controls the last token of the prompt, from which the first token is generated. With
-            False, the first generated token is that of the uncontrolled model.
+            False, control begins only after the first generated token.
 
     Yields:
         A :class:`Control` with the number of controlled positions and the mean change.
@@ -150,7 +156,7 @@ def controlled(
 
 
 def find_value_sites(model: nn.Module, value: ValueModel, layers: Sequence[Layer] | None) -> list[Site]:
-    """Return the :class:`Site` of each given layer, or of each layer of the value function.
+    """Return the :class:`Site` of each layer in ``layers``. With ``layers=None``, use all layers of ``value``.
 
     Raises:
         EditError: a layer does not exist, or has no value function.
@@ -190,7 +196,8 @@ def _sites(model: nn.Module, value: ValueModel, layers: Sequence[Layer] | None) 
         if any(value.trained_on[key] != described[key] for key in described):
             warn(
                 "the value function was trained on another model or on other weights "
-                f"(its model has {value.trained_on['model_layers']} layers, this model {described['model_layers']}); "
+                f"(layers of that model: {value.trained_on['model_layers']}, of this model: "
+                f"{described['model_layers']}); "
                 "use the model that the value function was trained on, or train a new value function."
             )
     return sites

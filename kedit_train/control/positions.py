@@ -12,7 +12,7 @@ from kedit_train.core.cache.layer_stack import call_arguments
 
 
 class GeneratedPositions:
-    """Finds the generated positions of each forward pass from its arguments.
+    """Finds the generated positions of a forward pass from the arguments of the pass.
 
     - If a pass reads one token and the key-value cache is not empty, the pass continues a generation. The token is a
       generated position.
@@ -69,7 +69,10 @@ class GeneratedPositions:
 
 
 def _last_token(mask: Any, batch: int, length: int, prompt_length: int) -> Tensor:
-    """Return the index of the last token of each prompt, [batch]. With padding on the right, rows may differ."""
+    """Return the index of the last token of each prompt, [batch].
+
+    If the prompts are padded on the right, this index depends on the length of the prompt.
+    """
     if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.shape[1] < length:
         return torch.full((batch,), prompt_length - 1)
     # With a cache, the mask also covers the tokens in the cache.

@@ -12,7 +12,11 @@ from kedit_train.errors import EditError
 
 
 def read_records(prompts: Any) -> list[dict[str, str]]:
-    """Return records with ``prompt`` and, if responses are given, ``response``."""
+    """Read prompts from a list or a file, and return one record per prompt.
+
+    Each record has the key ``prompt``. If the list or file contains responses, each record also has the key
+    ``response``.
+    """
     where = "prompts"
     if isinstance(prompts, str | Path):
         where, path = str(prompts), Path(prompts)

@@ -53,8 +53,8 @@ class ResponseDataModule(LightningDataModule):
             records have a response, or none has.
         reward: a function ``reward(prompts, completions)`` that returns one number per response. In a recipe: the
             ``class_path`` of a :class:`Reward`.
-        sampling: options of the sampling. For given responses, only ``batch_size`` and ``seed`` (of the split) are
-            used.
+        sampling: how responses are sampled. If the responses are given, only two of these options are used:
+            ``batch_size``, and ``seed`` for the random choice of the held-out prompts.
         prompt_format: "plain", "chat" (the tokenizer's chat template), "question" or a ``ChatFormat``.
         cache_dir: a folder for the hidden states. A later run with the same model, tokenizer, prompts and options reads
             them from this folder, even if the run has another reward. Files of other runs are kept. None: a temporary
@@ -65,8 +65,9 @@ class ResponseDataModule(LightningDataModule):
             and a warning is issued.
 
     Raises:
-        EditError: the file cannot be read, a record has no prompt, or only some of the records have a response.
-            Before the responses are sampled: a callback monitors ``value/validation_error``, but no prompt is held out.
+        EditError: the file cannot be read, a record has no prompt, or only some of the records have a response. The
+            method ``setup`` also raises this error, before it samples responses, if a callback monitors
+            ``value/validation_error`` but no prompt is held out.
 
     Example:
         >>> from kedit_train.control import ResponseDataModule, ShortAnswer
@@ -113,8 +114,8 @@ class ResponseDataModule(LightningDataModule):
     def setup(self, stage: str) -> None:
         """Sample the responses if none are given, write the hidden states, and compute the rewards.
 
-        Every call repeats these steps, because the model may have changed since the last call. Hidden states that
-        ``cache_dir`` already contains for the same model, prompts and options are read instead of computed.
+        Every call does this again, because the model may have changed since the last call. If ``cache_dir`` already
+        contains files for the same model, prompts and options, the responses and hidden states are read from them.
         """
         if stage not in ("fit", "validate"):
             return
@@ -184,12 +185,19 @@ class ResponseDataModule(LightningDataModule):
         )
 
     def _given(self, model: Any, tokenizer: Any) -> tuple[list[Any], Callable[[int, int], list[Response]]]:
-        """Return a JSON description of each given response, and a function that returns a range of the responses."""
+        """Return the given responses in two forms: as a list of JSON values, and as a function.
+
+        The function is called with (start, count), and returns ``count`` responses, beginning with index ``start``.
+        """
         responses = encode_responses(model, tokenizer, self.records, self.prompt_format)
         return [asdict(response) for response in responses], lambda start, count: responses[start : start + count]
 
     def _sampled(self, model: Any, tokenizer: Any) -> tuple[list[Any], Callable[[int, int], list[Response]]]:
-        """Return a JSON description of each response to sample, and a function that samples a range of them."""
+        """Return a list with the prompt and the settings of each response, and a function that samples responses.
+
+        The function is called with (start, count), and samples the responses for ``count`` entries of the list,
+        beginning with index ``start``.
+        """
         options, inner = self.sampling, unwrap_model(model)
         prompts = [record["prompt"] for record in self.records]
         # The chat template of the tokenizer is not a part of the model, so the tokens are a part of the description.
@@ -206,7 +214,10 @@ class ResponseDataModule(LightningDataModule):
         return rows, make
 
     def _check_held_out(self, callbacks: Sequence[Any]) -> None:
-        """If no prompt is held out, warn, or raise an error if a callback monitors the error on held-out prompts."""
+        """Raise an error if a callback monitors ``value/validation_error``, but no prompt is held out.
+
+        Without such a callback, warn if ``validation`` is above 0, but all prompts are the same.
+        """
         several = len({record["prompt"] for record in self.records}) > 1
         if self.validation and several:
             return
@@ -238,7 +249,7 @@ class ResponseDataModule(LightningDataModule):
         return self._loader(self.train_indices, shuffle=True)
 
     def val_dataloader(self) -> DataLoader[Any] | list[Any]:
-        """Return the batches of the held-out prompts, or an empty list if ``validation`` leaves none."""
+        """Return the batches of the held-out prompts, or an empty list if no prompt is held out."""
         return self._loader(self.validation_indices, shuffle=False) if self.validation_indices else []
 
     def _loader(self, indices: list[int], shuffle: bool) -> DataLoader[Any]:
@@ -262,7 +273,7 @@ class ResponseDataModule(LightningDataModule):
 
 
 def _temporary_folder() -> Path:
-    """Create a temporary folder, and remove the temporary folders that killed processes left behind."""
+    """Create a temporary folder. Temporary folders of processes that were killed are removed."""
     parent = Path(tempfile.gettempdir())
     remove_abandoned(parent.glob("kedit-value.*"))
     folder = claim(parent, "kedit-value")

@@ -50,8 +50,8 @@ class SamplingOptions:
         temperature: the logits are divided by this number, > 0.
         max_new_tokens: maximum length of a response, in tokens.
         batch_size: number of responses per forward pass.
-        seed: seed of the samples. The random numbers of a response do not depend on the batch size. So the response
-            depends on the batch size only through rounding.
+        seed: seed of the random numbers. The random numbers of a response do not depend on ``batch_size``. However,
+            ``batch_size`` can change the rounding of the logits, and this can change a response.
 
     Example:
         >>> SamplingOptions(samples=2).temperature
@@ -78,10 +78,10 @@ class SamplingOptions:
 def encode_responses(
     model: nn.Module, tokenizer: Any, records: Sequence[Mapping[str, str]], prompt_format: PromptFormat = "plain"
 ) -> list[Response]:
-    """Tokenize given responses. The token that ends an answer is appended if the tokenizer has one.
+    """Tokenize given responses. If the tokenizer has a token that ends an answer, it is appended to each response.
 
     Args:
-        model: the language model, for the length of its context.
+        model: the language model. Its context length limits the length of a prompt with its response.
         tokenizer: its tokenizer.
         records: mappings with the keys ``prompt`` and ``response``.
         prompt_format: "plain", "chat", "question" or a ``ChatFormat``.
@@ -118,7 +118,8 @@ def sample_responses(
         prompts: the prompts.
         options: temperature, length, batch size and seed. ``options.samples`` is not used.
         prompt_format: "plain", "chat", "question" or a ``ChatFormat``.
-        first: the number of the first response. The random numbers of a response depend on its number and on the seed.
+        first: the number of the first response; the next responses have the next numbers. The random numbers of a
+            response depend only on its number and on the seed.
 
     Returns:
         One response per prompt, in the same order.

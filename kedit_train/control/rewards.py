@@ -166,15 +166,17 @@ def compute_rewards(
 
 
 def check_reward(reward: Callable[..., Sequence[float]], prompts: Sequence[str], completions: Sequence[str]) -> None:
-    """Call a reward on two responses. This shows its errors before an expensive computation.
+    """Test a reward before an expensive computation, so that an error of the reward is raised early.
+
+    ``Reward.check`` receives all prompts. The reward itself is called only once, with two responses.
 
     Args:
         reward: the reward.
-        prompts: all prompts that will be scored. ``Reward.check`` receives all of them.
+        prompts: all prompts whose responses will be scored.
         completions: a response to each prompt. An empty text stands for a response that is not known yet.
 
     Raises:
-        EditError: as for :func:`compute_rewards`, or the reward cannot score a prompt.
+        EditError: as for :func:`compute_rewards`, or the reward cannot score the responses to a prompt.
     """
     if isinstance(reward, Reward):
         reward.check(prompts)

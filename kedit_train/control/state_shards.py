@@ -27,7 +27,7 @@ class StateShards:
     """Responses and their hidden states. The hidden states are memory-mapped and are read when they are used.
 
     Args:
-        keys: dict from path to key, for the files that :func:`write_shards` wrote.
+        keys: dict from the path of each file to its key, the hash that :func:`write_shards` stored in the file.
 
     Attributes:
         prompts: the prompt of each response.
@@ -70,17 +70,18 @@ def write_shards(
     batch_size: int,
     pad_id: int,
 ) -> StateShards:
-    """Write the hidden states of responses to ``folder``, one file per chunk, with one chunk at a time in memory.
+    """Write the hidden states of responses to ``folder``: one file for each chunk of responses.
 
-    A file that an earlier run has completed for the same chunk is used again, so an interrupted run continues.
+    Only one chunk at a time is in memory. If the folder already contains the complete file of a chunk, this file is
+    used, so a new run continues an interrupted run.
 
     Args:
         model: the language model.
         layers: the layers, as for :func:`~kedit_train.control.sites.find_sites`.
         folder: a folder, which is created if necessary.
-        chunks: pairs of a description (a JSON value) and a function that returns the responses of the chunk. The
-            function is called only if no complete file exists. The description must contain everything that the
-            responses and hidden states depend on, except the layers.
+        chunks: for each chunk, a description (a JSON value) and a function that returns the responses. The function
+            is called only if the folder does not contain the file of the chunk. The description must contain everything
+            that the responses and hidden states depend on, except the layers.
         batch_size: number of responses per forward pass.
         pad_id: id of the padding token.
 
@@ -129,9 +130,9 @@ def read_states(
 ) -> list[dict[str, Tensor]]:
     """Return the hidden states from which the tokens of each response were generated.
 
-    State i predicts token i of the response. So the first state is that of the last token of the prompt, and the last
-    state is that of the second-to-last token of the response. These are exactly the positions that ``controlled`` can
-    change.
+    The model predicts token i of the response from state i. So the first state belongs to the last token of the prompt,
+    and the last state belongs to the second-to-last token of the response. The context manager ``controlled`` can
+    change the hidden states at exactly these positions.
 
     Returns:
         For each response, a dict from layer to hidden states, [tokens of the response, hidden], on the CPU.

@@ -30,7 +30,7 @@ _LAYERS = Rule(
 
 
 class _Network(nn.Module):
-    """A network with one hidden layer, for standardized hidden states. SiLU makes its gradient change smoothly."""
+    """A network with one hidden layer that standardizes its input. With SiLU, the gradient has no jumps."""
 
     mean: Tensor
     scale: Tensor
@@ -143,8 +143,8 @@ class ValueModel(nn.Module):
 def describe_model(model: nn.Module) -> dict[str, Any]:
     """Return the number of layers of a language model, and a hash of some of its weights.
 
-    The hash is the same in fp32 and in bf16, but may differ in fp16, which rounds differently. Two models that were
-    trained differently have different hashes.
+    Two models that were trained differently have different hashes. The weights are rounded to bf16 before they are
+    hashed, so a model has the same hash in fp32 and in bf16. In fp16, the hash may differ.
     """
     inner = causal_model(model)
     depth = getattr(inner.config.get_text_config(), "num_hidden_layers", None)

@@ -37,9 +37,9 @@ class ValueModule(LightningModule):
         width: number of units in the hidden layer of each value function.
         learning_rate: the learning rate of Adam, > 0.
         trace: lambda of the lambda-return, in [0, 1]. 0 is TD(0), as in the paper, and needs many epochs for long
-            responses. 1 trains every hidden state directly on the reward.
-        target_decay: decay of the exponential moving average that is the target network, in [0, 1). With 0, the targets
-            are computed by the trained value function itself.
+            responses. With 1, the target of every hidden state is the reward.
+        target_decay: decay of the target network, in [0, 1). The target network is an exponential moving average of the
+            value function. With 0, the targets are computed by the trained value function itself.
         dtype: the dtype of the language model. The value function is in float32, also in mixed precision.
         save_path: a file (.safetensors) to which the value function is saved when training ends. None: it is not saved.
 
@@ -105,12 +105,15 @@ class ValueModule(LightningModule):
         self.target: ValueModel = copy.deepcopy(self.value).requires_grad_(False)
 
     def on_fit_start(self) -> None:
-        """Copy the value function, with the mean and scale that the data module has set, into the target network."""
+        """Copy the value function into the target network, except when the run resumes from a checkpoint.
+
+        The data module has already set the mean and the scale by which the value function standardizes hidden states.
+        """
         if self.trainer.ckpt_path is None:
             self.target.load_state_dict(self.value.state_dict())
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        """Return the temporal-difference loss, the mean over the layers.
+        """Return the temporal-difference loss, averaged over the layers.
 
         Args:
             batch: ``states`` (layer -> [batch, length, hidden]), ``mask`` [batch, length] and ``rewards`` [batch], as

@@ -8,10 +8,11 @@ from kedit_train.errors import warn
 
 
 def check_after_end(run: Any) -> None:
-    """Warn if other code has changed the weights after the end of a complete run. Later calls do nothing.
+    """Warn if other code has changed the weights after the end of a complete run.
 
-    Other code can still change the weights when training ends. For example, a callback of the user may write averaged
-    weights into the model. Therefore this function is called in or after the last event of the training loop.
+    For example, a callback of the user may write averaged weights into the model when training ends. To detect such
+    changes, call this function in or after the last event of the training loop. Only the first call after the end of
+    a run checks the weights.
 
     Args:
         run: an :class:`~kedit_train.core.run.EditRun`.
@@ -21,8 +22,7 @@ def check_after_end(run: Any) -> None:
     integrity.ended = False
     if name is not None:
         warn(
-            f"other code has changed {name} after the edit had ended. The new weights may break the constraints of the "
-            "edit. The delta file and the scores describe the weights before this change. A possible cause is a "
-            "callback that writes averaged weights when training ends; put that callback before the callbacks of "
-            "kedit_train, or remove it."
+            f"other code has changed {name} after the edit had ended. The constraints, the delta file and the scores "
+            "of the edit are valid only for the weights before this change. If a callback writes averaged weights when "
+            "training ends, put this callback before the callbacks of kedit_train, or remove it."
         )

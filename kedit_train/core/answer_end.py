@@ -1,4 +1,4 @@
-"""Decide for a whole run whether targets end with end-of-text, and describe how the training examples end."""
+"""Decide for all processes whether targets end with end-of-text, and describe how the training examples end."""
 
 from __future__ import annotations
 
@@ -44,10 +44,11 @@ def decide_together(
 
 
 def describe_end(run: EditRun, tokenizer: Any, edits: Sequence[Edit], prompt_format: PromptFormat) -> str | None:
-    """Describe whether and why the training examples end with end-of-text. Return None if this is unknown.
+    """Return a text that says whether the training examples end with end-of-text, or None if this is unknown.
 
-    The examples may come from another library (TRL's ``SFTTrainer``). A warning is issued if such examples end with
-    end-of-text, although the unedited model usually does not write end-of-text after a target.
+    If kedit-train has made the examples, the text also says why. The examples may also come from another library, for
+    example from TRL's ``SFTTrainer``. For such examples in the prompt format "plain", this function warns if they end
+    with end-of-text, but the unedited model usually does not write end-of-text after a target.
 
     Args:
         run: the run. Its model must be unedited.

@@ -22,10 +22,11 @@ _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 def callback_arguments(callbacks: Iterable[Any]) -> dict[str, dict[str, Any]]:
     """Return the constructor arguments of each callback as plain values.
 
-    Numbers, texts and None are returned unchanged, and so are short collections of them. A NumPy number becomes a
-    Python number. Edits are replaced by their name, their hash and their number. A path, a dtype and a device are
-    replaced by a text, a dataclass by a dict of its fields, a long collection by a text with its length, and any other
-    object by the name of its class.
+    - Numbers, texts and None are returned unchanged. A NumPy number becomes a Python number.
+    - A path, a dtype or a device becomes a text, and a dataclass becomes a dict of its fields.
+    - A data set or list of edits becomes a dict with the name, the hash and the number of edits.
+    - The items of a short collection are converted one by one. A long collection becomes a text with its length.
+    - Any other object becomes the name of its class.
 
     Args:
         callbacks: instances of callbacks. The value of an argument is read from the attribute with the same name.

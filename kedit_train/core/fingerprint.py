@@ -36,8 +36,8 @@ def fingerprint(model: nn.Module, dtypes: Mapping[str, torch.dtype] | None = Non
     Args:
         model: any module.
         dtypes: parameter name -> dtype to which the parameter is converted before hashing. By default, no parameter is
-            converted. Example: a bf16 model was converted to fp32, and no value has changed since. If ``dtypes`` maps
-            the converted parameters to bf16, the result equals the hash of the original bf16 model.
+            converted. Use this argument for a model that was converted from bf16 to fp32: If every converted parameter
+            is mapped to bf16, and no value has changed, the hash is the same as before the conversion.
 
     Returns:
         SHA-256 as 64 hexadecimal digits.
@@ -64,9 +64,9 @@ def fingerprint(model: nn.Module, dtypes: Mapping[str, torch.dtype] | None = Non
 def sample_fingerprint(tensors: Mapping[str, torch.Tensor]) -> str:
     """Hash the names, the shapes and up to 64 evenly spaced values of each tensor.
 
-    This function is much faster than :func:`fingerprint`, and tells apart models that were trained differently. The
-    values are rounded to bf16 first, so a model has the same hash in fp32 and in bf16. If a tensor is sharded, every
-    process must call the function.
+    This function is much faster than :func:`fingerprint`. The hash still differs between models that were trained
+    differently. The values are rounded to bf16 first, so a model has the same hash in fp32 and in bf16. If a tensor is
+    sharded, every process must call the function.
 
     Args:
         tensors: name -> tensor.

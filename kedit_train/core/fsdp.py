@@ -48,10 +48,10 @@ def reshard(root: nn.Module) -> None:
 
 
 def gathered_parameters(root: nn.Module, scope: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-    """Return the parameter objects with the complete weights that the forward pass of a model uses.
+    """Return the unsharded parameter objects that FSDP2 uses in the forward pass.
 
-    FSDP2 uses the same objects in every forward pass, and frees their memory between the passes. So do not read their
-    values. Use them only as inputs of ``torch.autograd.grad``.
+    Use these objects only as inputs of ``torch.autograd.grad``. Do not read their values: FSDP2 uses the same objects
+    in every forward pass, but frees their memory between the passes.
 
     Args:
         root: the module that the training loop trains. Its forward pass must have run before.

@@ -1,7 +1,7 @@
-"""What ``torch.amp.GradScaler`` tells a fused optimizer: the scale of the gradients, and whether to skip the step.
+"""Find out how ``torch.amp.GradScaler`` has scaled the gradients, and whether it skips an optimizer step.
 
-A fused optimizer unscales the gradients itself, inside its step. Until then, the gradients are still multiplied by the
-scale, unless the training loop calls ``scaler.unscale_`` before the step.
+A fused optimizer unscales the gradients itself, inside its step. Before its step, the gradients are still multiplied by
+the scale, unless the training loop has called ``scaler.unscale_``.
 """
 
 from __future__ import annotations

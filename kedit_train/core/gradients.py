@@ -13,12 +13,13 @@ from kedit_train.errors import EditError
 def check_gradients(run: RunState, penalized: bool = False) -> None:
     """Raise an error if no parameter in scope has a gradient just before an optimizer step.
 
-    Such a step changes nothing. If it is the first step, the loss does not depend on the scope, so no later step would
-    change anything either. At a later step, only a sharded scope is checked.
+    If no parameter has a gradient at the first step, the loss does not depend on the scope, so no step would change
+    anything. After the first step, only a sharded scope is checked.
 
-    A gradient of zeros is allowed: the model may already give the new answers. However, a penalty on the weights gives
-    each parameter a gradient of zeros at the first step, whether or not the loss has a gradient. With a penalty, zeros
-    are therefore an error, except with a token loss that ignores learned tokens or in a trainer with its own loss.
+    Gradients that are all zero are usually allowed, because the model may already give the new answers. They are an
+    error at the first step of a run with a penalty on the weights: such a penalty gives each parameter a gradient of
+    zeros, even if the loss does not depend on the scope. They are allowed in spite of a penalty if the token loss
+    ignores learned tokens, or if the trainer computes its own loss.
 
     Experts are not checked, because the tokens of a batch may all be routed to other experts.
 
@@ -53,7 +54,11 @@ def check_gradients(run: RunState, penalized: bool = False) -> None:
 
 
 def _are_zeros(run: RunState, gradients: list[Tensor]) -> bool:
-    """Return True if all gradients are zero, and no token loss and no loss of the trainer can be the reason."""
+    """Return whether all gradients are zero although the loss should have a gradient.
+
+    The result is False if the loss may have a gradient of zeros: a token loss may ignore learned tokens, and a trainer
+    may compute its own loss. Sharded gradients are not read, and the result is False.
+    """
     if any("token_clip" in callback.provides() for callback in run.callbacks) or run.host.loss_unsupported_reason():
         return False
     return not any(isinstance(g, DTensor) or bool(g.any()) for g in gradients)

@@ -16,12 +16,12 @@ class Host:
 
     Attributes:
         name: the name of this kind of loop in error messages.
-        announces_every_step: True if the loop always calls ``run.steps.penalty()`` before the forward pass of an
-            optimizer step. An optimizer step without this call then raises an error. If False, a step without this call
-            raises an error only if a callback adds a penalty or training has not started.
-        releases_model: whether an optimizer step without a ``penalty()`` call closes the run before the error is
-            raised. True if this kind of loop may be abandoned before its run ends. Then the step usually comes from
-            another loop that trains the same model, and the abandoned loop will not close its run.
+        announces_every_step: whether the loop always calls ``run.steps.penalty()`` before the forward pass of an
+            optimizer step. If True, an optimizer step without this call raises an error. If False, it raises an error
+            only if a callback adds a penalty or training has not started.
+        releases_model: whether the run is closed when an optimizer step without a ``penalty()`` call raises an error.
+            True for loops that a user may abandon before the run ends. An abandoned loop does not close its run, and
+            the step usually comes from another loop that trains the same model.
         uses_closures: whether the loop passes a closure to ``optimizer.step``. If True, the closure calls
             ``run.steps.before_optimizer_step`` when the gradients are complete.
     """
@@ -72,7 +72,7 @@ class Host:
 
     @property
     def reads_logits(self) -> bool:
-        """Whether the loop reads the logits of training steps. All loops read the loss that the model returns."""
+        """Whether the loop reads the logits of training steps, in addition to the loss that the model returns."""
         return False
 
     def is_editing(self, run: Any) -> bool:

@@ -26,11 +26,11 @@ def mark_interrupted(run: RunState) -> None:
 
 
 def check_not_interrupted(run: RunState) -> None:
-    """Raise an error if the model still contains a part of an interrupted edit.
+    """Raise an error if a new run begins on a model that still contains a part of an interrupted edit.
 
-    No error is raised if the run resumes from a checkpoint, or if the weights from before the interrupted edit have
-    been loaded into the model. If the model was loaded from a checkpoint of an edit that had not ended, a warning is
-    issued.
+    A run that resumes from a checkpoint is not checked. A new run may use the model if the weights from before the
+    interrupted edit have been loaded again. If the model was loaded from a checkpoint of an unfinished edit, the new
+    run only issues a warning.
 
     Raises:
         EditError: the model contains a part of an interrupted edit.
@@ -60,7 +60,7 @@ def _has_values(parameter: nn.Parameter, before: tuple[torch.dtype, list[int]] |
 
 
 def _has_weights(model: nn.Module, before: dict[str, tuple[torch.dtype, list[int]]]) -> bool:
-    """Return whether the model has all weights in ``before``, a dict from parameter name to dtype and checksum."""
+    """Return whether all parameters in ``before`` have their earlier values; ``before``: name -> (dtype, checksum)."""
     parameters = dict(model.named_parameters())
     return bool(before) and all(
         name in parameters and _has_values(parameters[name], value) for name, value in before.items()

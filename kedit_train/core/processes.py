@@ -37,8 +37,9 @@ def check_launcher(environment: Mapping[str, str] | None = None) -> None:
     """Raise an error if ``accelerate launch`` was asked for several processes, but has started a single one.
 
     On CPUs, ``accelerate launch --num_processes 2`` starts the script once (accelerate 1.15), unless ``--multi_gpu`` or
-    an MPI host file is given. The trainer then trains in one process without any message. Accelerate passes no number
-    of processes to the script. However, it sets ``MASTER_ADDR`` if the number is above 1.
+    an MPI host file is given. The trainer then trains in one process without any message. The script cannot read the
+    requested number of processes, but accelerate sets ``MASTER_ADDR`` if this number is above 1. Therefore, this
+    function checks ``MASTER_ADDR``.
 
     Args:
         environment: environment variables; ``os.environ`` by default.

@@ -22,9 +22,9 @@ _LOCAL = ("show", "edits", "license", "path", "dir")
 
 @contextmanager
 def agreeing_processes(run: RunState) -> Iterator[None]:
-    """Context manager: after the ``with`` block, raise an error in every process if the processes differ.
+    """Context manager: after the ``with`` block, raise an error in every process if they train different edits.
 
-    The arguments of the callbacks, the weights in scope and the weights before the edit are compared. If the block
+    All processes must have the same callback arguments, weights in scope and weights before the edit. If the block
     raises an error in one process, an error is raised in every process, so that no process waits for another one.
 
     Raises:

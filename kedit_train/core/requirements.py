@@ -1,4 +1,4 @@
-"""Requirements between callbacks, expressed as names of metrics and capabilities instead of classes."""
+"""Check what callbacks require of each other. They name metrics and capabilities, not the classes that provide them."""
 
 from __future__ import annotations
 

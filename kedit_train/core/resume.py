@@ -52,11 +52,10 @@ def scope_checksums(run: RunState) -> dict[str, int]:
 
 
 def with_current_weights(run: RunState, state: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the state of a run that has ended, with checksums of the weights that the model has now.
+    """Return a copy of ``state`` with new checksums of the scope, for a checkpoint that is saved after the run.
 
-    At the end of a run, weights that were trained in fp32 are rounded to the model's dtype. A resumed run converts the
-    rounded weights to fp32 before it compares checksums. Therefore this function converts the rounded weights to fp32
-    before it computes the checksums.
+    When a run ends, weights that were trained in fp32 are rounded to the model's dtype, so the old checksums no longer
+    match. The new checksums are computed from the rounded weights in fp32, because a resumed run compares them in fp32.
     """
     dtypes = {name: value.dtype for name, value in state["reference"].items()}
     weights = {name: full_tensor(p.detach()) for name, p in run.scope.items()}
@@ -83,10 +82,10 @@ def check_scope(run: RunState, state: dict[str, Any]) -> None:
     expected = set(run.reference) or set(run.scope if run.needs_reference else ())
     if set(state["reference"]) != expected:
         name = min(set(state["reference"]) ^ expected)
-        where = "this run, but not of the checkpoint" if name in expected else "the checkpoint, but not of this run"
+        where = "this run" if name in expected else "the checkpoint"
         raise EditError(
             f"the checkpoint was written with another scope ({len(state['reference'])} tensors) than this run "
-            f"({len(expected)} tensors): {name} is in the scope of {where}; resume with the same ParameterScope."
+            f"({len(expected)} tensors): {name} is only in the scope of {where}; resume with the same ParameterScope."
         )
     for name, value in state["reference"].items():
         if value.shape != run.shapes[name]:
@@ -147,8 +146,8 @@ def _check_weights(run: RunState, state: Mapping[str, Any]) -> None:
 def has_checksum(parameter: Tensor) -> bool:
     """Return whether the checksum of a frozen parameter is saved in checkpoints.
 
-    Sharded, quantized and offloaded parameters have no checksum. The reason for quantized parameters is that a GPU and
-    a CPU may quantize the same weights differently.
+    Sharded, offloaded and quantized parameters have no checksum. The checksum of a quantized parameter would not be
+    reliable, because a GPU and a CPU may quantize the same weights differently.
     """
     return parameter.is_floating_point() and not isinstance(parameter, DTensor) and not parameter.is_meta
 
@@ -208,6 +207,9 @@ def restore(run: RunState, state: dict[str, Any] | None) -> dict[Any, dict[str, 
 
 
 def named_callbacks(run: RunState) -> dict[str, Any]:
-    """Return the callbacks by class name and number, for example ``"NormBall.0"`` and ``"NormBall.1"``."""
+    """Return a dict from name to callback. The names are, for example, ``"NormBall.0"`` and ``"NormBall.1"``.
+
+    The number in a name counts the callbacks of the same class.
+    """
     names = [type(callback).__name__ for callback in run.callbacks]
     return {f"{name}.{names[:i].count(name)}": c for i, (name, c) in enumerate(zip(names, run.callbacks, strict=True))}

@@ -229,7 +229,7 @@ class EditRun(RunState):
 
     @torch.no_grad()
     def _end_full_precision(self) -> None:
-        """Convert parameters that were trained in fp32 to their original dtype, and apply the constraints again."""
+        """Round parameters that were trained in fp32 to their original dtype, and constrain the rounded values."""
         masters, self.masters = self.masters, None
         if masters is None or not masters.dtypes:
             return
@@ -272,7 +272,7 @@ class EditRun(RunState):
         return self._head
 
     def loss_head(self) -> LossHead:
-        """Return the loss head, which replaces the model's loss from the first call to the end of the run."""
+        """Return the loss head. The first call creates it. It replaces the model's loss until the run ends."""
         if self._loss_head is None:
             host = self.host
             self._loss_head = LossHead(self.head(), shares=host.summed_micro_batches, full_logits=host.reads_logits)
@@ -337,7 +337,7 @@ class EditRun(RunState):
         return find_tokenizer(tokenizer if tokenizer is not None else self.host.tokenizer(), self.model)
 
     def collect(self) -> dict[str, float]:
-        """Collect the metrics of every callback since the last log event, and publish them."""
+        """Collect and publish the metrics that the callbacks have measured since the last log event."""
         gathered: dict[str, float] = {}
         for callback in self.callbacks:
             for key, value in callback.metrics(self).items():

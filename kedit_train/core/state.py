@@ -34,9 +34,10 @@ class RunState:
         frozen_outside: whether this run has frozen all parameters outside of the scope.
         full_precision: whether a half-precision scope is trained in fp32.
         masters: the object that keeps the scoped parameters in fp32, or None if they are not trained in fp32.
-        packing: the object that keeps the gradient of 4-bit layers on a CPU.
+        packing: the object that prevents bitsandbytes from packing 4-bit layers on a CPU. A packed layer has no
+            gradient with respect to its input.
         zero: the object that reports the steps of DeepSpeed ZeRO-1 or ZeRO-2 to this run. None without DeepSpeed.
-        penalties: the penalties of this run on divergences from the model before the edit.
+        penalties: one ``DivergencePenalty`` for each callback that penalizes a divergence from the unedited model.
         scores: the latest published value of each metric, by metric key. Callbacks publish and read these values.
         published_at: the optimizer step at which each metric was last published, by metric key.
         stopped: whether a callback has asked to end training.

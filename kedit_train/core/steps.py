@@ -28,8 +28,8 @@ class OptimizerSteps:
 
     Args:
         run: the run, with the scoped parameters.
-        release: function that closes the run. It is called if another training loop takes an optimizer step on the
-            model without a call of :meth:`penalty`.
+        release: function that closes the run. If ``host.releases_model`` is True, it is called before the error about
+            an optimizer step that was not announced.
 
     Attributes:
         learning_rates: the learning rate of the last step for each scoped parameter that had a gradient, by name. The
@@ -81,7 +81,7 @@ class OptimizerSteps:
             handle.remove()
 
     def begin(self, scaler: Any = None) -> None:
-        """Begin a new optimizer step, even if ``scaler`` has skipped the previous step."""
+        """Begin a new optimizer step. With a ``scaler``, an announced step that no optimizer took counts as skipped."""
         if scaler is not None and self._penalized is not None and not self._stepped_optimizers:
             self.skipped += 1
         self._penalized = None
@@ -124,11 +124,11 @@ class OptimizerSteps:
         return torch.stack(terms).sum() if terms else None
 
     def before_optimizer_step(self, optimizer: Any, scaler: Any = None) -> None:
-        """Check the final gradients, and delete them if a callback skips this step.
+        """Check the final gradients, and delete them if a callback wants to skip this step.
 
         The gradients are deleted, not set to zero. With a zero gradient, momentum and weight decay would still change
-        the parameter, but an optimizer ignores a parameter without a gradient. If the loss contains a penalty, or a
-        callback's comparison with the reference model (``anchors``), no gradient is deleted.
+        the parameter, but an optimizer ignores a parameter without a gradient. The step is not skipped if the loss
+        also contains a penalty or a comparison with the reference model (a callback with ``anchors``).
         """
         run = self.run
         self._check_announced(optimizer)
@@ -173,10 +173,9 @@ class OptimizerSteps:
                 parameter.copy_(weights[name])
 
     def finish(self) -> None:
-        """Check all weights at the end, and apply the constraints again if other code has changed the scope.
+        """Check whether other code has changed weights. If it has changed the scope, apply the constraints again.
 
-        Examples of such code are a trainer that loads its best checkpoint, and an optimizer that keeps a second copy of
-        the weights (Lookahead).
+        A trainer that loads its best checkpoint is such code, and so is Lookahead with its second copy of the weights.
         """
         self._close_step()
         if self.integrity.finish():
@@ -192,8 +191,8 @@ class OptimizerSteps:
     def _restore_constraints(self, expected: bool = False) -> None:
         """Apply the constraints again after other code has changed the weights.
 
-        A change that broke a constraint always gives a warning. Any other change gives a warning only if an optimizer
-        step came before it, and only once per run. Without such a step, the change may be the user's own update.
+        If the change broke a constraint, a warning is always given. If it broke none, a warning is given at most once
+        per run, and only after an optimizer step: a change without a step may be the user's own update.
 
         Args:
             expected: True if the training loop makes this change itself. Then only a broken constraint gives a warning.
@@ -254,7 +253,7 @@ class OptimizerSteps:
     def _check_after_backward(self, optimizer: Optimizer) -> None:
         """Raise an error if step() was called inside a backward pass and a callback depends on complete steps.
 
-        The callback would change weights that the backward pass still needs, or measure a partly updated model.
+        Such a callback would change weights that the backward pass still needs, or measure a partly updated model.
         """
         # torch has no public function for this. Outside of a backward pass, the result is -1.
         if torch._C._current_graph_task_id() == -1:

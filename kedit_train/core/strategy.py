@@ -19,8 +19,10 @@ def follow_strategy(run: RunState) -> None:
     This is needed for FSDP2, which replaces each parameter by a DTensor with the same name and shape.
 
     Raises:
-        EditError: the strategy flattened, sliced or renamed a parameter (FSDP1, DeepSpeed ZeRO-3), constraints cannot
-            be enforced in this training loop for another reason, or the launcher started too few processes.
+        EditError: constraints cannot be enforced with this strategy, for example because it flattened, sliced or
+            renamed a parameter (FSDP1, DeepSpeed ZeRO-3). Other reasons: the optimizer of DeepSpeed does not train a
+            parameter in scope, FSDP2 shards half-precision parameters that must be trained in fp32, or the launcher
+            started too few processes.
     """
     check_launcher()
     reshard(run.root)
@@ -63,10 +65,9 @@ def follow_dtype(run: RunState) -> None:
         return
     if run.full_precision and is_distributed():
         raise EditError(
-            "full_precision=True trains fp32 values, but the trainer's conversion of a distributed model to half "
-            "precision overwrites these values. Either load the model in half precision yourself before the edit and "
-            "set the trainer's precision to 32-true, so that the trainer converts nothing, or pass "
-            "full_precision=False.",
+            "full_precision=True trains fp32 values, but the trainer has converted the distributed model to half "
+            "precision and overwritten these values; set the trainer's precision to 32-true and load the model in half "
+            "precision yourself before the edit, or pass full_precision=False.",
             component="ParameterScope",
         )
     run.reference |= {name: run.reference[name].to(dtype) for name, dtype in converted.items()}
@@ -80,7 +81,7 @@ def follow_dtype(run: RunState) -> None:
 
 
 def _flattened_by(parameter: Any) -> str | None:
-    """Return an error reason if DeepSpeed ZeRO or FSDP1 updates a flattened copy of the parameter, else None."""
+    """Return the reason for an error if DeepSpeed or FSDP1 updates a flattened copy of the parameter, else None."""
     if hasattr(parameter, "ds_id"):
         return "DeepSpeed ZeRO-3 divides each weight among the processes"
     if uses_deepspeed(parameter):

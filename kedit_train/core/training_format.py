@@ -47,12 +47,16 @@ def training_format(run: EditRun, tokenizer: Any, edits: Sequence[Edit] = ()) ->
 
 
 def resolve_format(run: EditRun, tokenizer: Any, edits: Sequence[Edit]) -> PromptFormat:
-    """Return the format of the training examples. If it is unknown, return "plain".
+    """Return the prompt format for the evaluation: the format of the training examples, or "plain".
 
-    If the format is unknown and the tokenizer has a chat template, a warning is issued, because the training examples
-    may be chats. If the training examples are chats and the tokenizer has no chat template, a warning is issued and
-    "plain" is returned. A warning is also issued if the training chats begin with messages, such as a system prompt,
-    that the evaluation prompts do not have.
+    "plain" is returned if the format of the training examples is unknown. It is also returned if the training examples
+    are chats and the tokenizer has no chat template.
+
+    A warning is issued in three cases:
+
+    - The format is unknown, but the tokenizer has a chat template. The training examples may then be chats.
+    - The training examples are chats, but the tokenizer has no chat template.
+    - The training chats begin with messages that the evaluation prompts do not have, such as a system prompt.
     """
     found = training_format(run, tokenizer, edits)
     if found is not None and chat_format(found) is not None and not getattr(tokenizer, "chat_template", None):
@@ -133,7 +137,10 @@ def _is_conversation(example: Any) -> bool:
 
 
 def _has_other_context(run: EditRun, tokenizer: Any, edits: Sequence[Edit]) -> bool:
-    """Return whether training chats contain prompts of the edits, but always after other text (a system prompt)."""
+    """Return whether other text, such as a system prompt, precedes the prompts of the edits in the training chats.
+
+    The result is False if no chat contains a prompt of an edit, or if some chat begins with one.
+    """
     texts = [_squeeze(_text_of(example, tokenizer)) for example in first_examples(run.host)]
     trained = [(text, edit) for edit in edits[:1000] for text in texts if _squeeze(edit.prompt) in text]
     begin = tokenizer.bos_token or ""

@@ -1,10 +1,10 @@
-"""Take part in the optimizer steps of DeepSpeed ZeRO-1 and ZeRO-2, where every process has the whole weights.
+"""Call the hooks of a run in the optimizer steps of DeepSpeed ZeRO-1 and ZeRO-2.
 
-ZeRO divides the optimizer among the processes. Each process updates a flat fp32 copy of its part of the weights. Then
-all processes gather the new weights. The optimizer hooks of torch see only the flat copies. Therefore a run replaces
-the method ``step`` of the ZeRO optimizer. The new method calls the hooks of the run with the whole weights and
-gradients. The hooks apply the constraints to the gathered weights. Then the method writes the result back into the fp32
-copies.
+With ZeRO-1 and ZeRO-2, every process has the whole weights, but the optimizer is divided among the processes. Each
+process updates a flat fp32 copy of its part of the weights. Then all processes gather the new weights. The optimizer
+hooks of torch see only the flat copies. Therefore a run replaces the method ``step`` of the ZeRO optimizer. The new
+method calls the hooks of the run with the whole weights and gradients. The hooks apply the constraints to the gathered
+weights. Then the method writes the result back into the fp32 copies.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class ScopeGroups:
 
 
 class ZeroSteps:
-    """Reports the steps of a ZeRO optimizer to a run, and adds the gradients of its penalties.
+    """Calls a run at every step of a ZeRO optimizer, and adds the gradients of penalties to those of the loss.
 
     Args:
         run: the run.
@@ -101,8 +101,8 @@ class ZeroSteps:
         run, scope = self._run, self._run.scope
         if self._penalties:
             raise EditError(
-                "with DeepSpeed, the loss must have a gradient for every parameter that a penalty changes, got none "
-                f"for {next(iter(self._penalties))}; call edit.before_step() before the backward pass of the loss, or "
+                "with DeepSpeed, every parameter with a penalty must also get a gradient from the loss, got none for "
+                f"{next(iter(self._penalties))}; call edit.before_step() before the backward pass of the loss, or "
                 "remove this parameter from the scope."
             )
         kept = {name: parameter.grad for name, parameter in scope.items()}
@@ -131,9 +131,13 @@ class ZeroSteps:
 
 
 def _moves_to_end(parameter: Any, keys: list[int]) -> Any:
-    """Return a hook that moves the hooks of DeepSpeed, which have these keys, to the end.
+    """Return a hook that moves the hooks of DeepSpeed behind all other hooks of a parameter.
 
     The hooks of DeepSpeed must run last, so that DeepSpeed reads the gradients after all callbacks have changed them.
+
+    Args:
+        parameter: the parameter.
+        keys: the keys of DeepSpeed's hooks in ``parameter._post_accumulate_grad_hooks``.
     """
 
     def move(_: Tensor) -> None:

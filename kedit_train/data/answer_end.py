@@ -60,13 +60,15 @@ def decide_append_eos(
 
     With "auto", targets end with end-of-text in chats and with the format "question", because models end their answers
     in these formats. A plain completion ends with end-of-text if the tokenizer appends end-of-text to every text, or if
-    the model itself ends its completions (:func:`end_probability` is at least one half).
+    the model itself ends its completions (:func:`end_probability` is at least one half). If the tokenizer has no
+    end-of-text token, "auto" appends nothing to plain completions.
 
     Args:
         append_eos: True or False sets the decision. With "auto", this function decides.
         tokenizer: a tokenizer of ``transformers``.
         edits: the edits. At most 16 of them are used for the measurement.
-        model: the unedited model. None: nothing is measured, and plain completions end with end-of-text.
+        model: the unedited model. With None, "auto" measures nothing, and plain completions end with end-of-text (if
+            the tokenizer has this token).
         prompt_format: the format of the prompts.
     """
     if append_eos != "auto":

@@ -96,9 +96,9 @@ def thinks(prompt_format: PromptFormat) -> bool:
 
 
 def read_format(value: Any) -> Any:
-    """Convert arguments of ``ChatFormat``, given as a mapping (YAML) or as JSON (command line), to a ``ChatFormat``.
+    """Convert a mapping (from YAML) or a JSON object (from the command line) to a ``ChatFormat``.
 
-    Any other value is returned unchanged.
+    The keys are the arguments of ``ChatFormat``. Any other value, such as "plain", is returned unchanged.
 
     Raises:
         EditError: an argument is unknown or has the wrong type, or the JSON is malformed.

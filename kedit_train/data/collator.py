@@ -15,7 +15,8 @@ class EditCollator:
     """A data collator for encoded edits, for a ``DataLoader`` or a ``transformers.Trainer``.
 
     The collator pads all sequences of a batch to the length of the longest sequence. Only target tokens get labels.
-    Labels are set by position, so the padding token may be the end-of-text token.
+    The padding token may be the end-of-text token: an end-of-text token in a target still gets a label, because the
+    collator recognizes padding by its position and not by its token id.
 
     Args:
         tokenizer: supplies the padding token. If the tokenizer has none, its end-of-text token is used for padding.

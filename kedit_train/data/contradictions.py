@@ -48,16 +48,16 @@ def _differ(one: Edit, other: Edit) -> bool:
 
 
 class _Answered:
-    """An index of edits by their prompts and rephrases. It finds an added edit that contradicts a given edit."""
+    """An index of edits by their prompts and rephrases. It finds an edit in the index that contradicts a given edit."""
 
     def __init__(self) -> None:
         self._prompts: dict[str, list[int]] = defaultdict(list)
         self._rephrases: dict[str, list[int]] = defaultdict(list)
 
     def contradicted(self, edits: Sequence[Edit], i: int) -> int | None:
-        """Return the index of an added edit that contradicts edit ``i``, or None.
+        """Return the position in ``edits`` of an indexed edit that contradicts edit ``i``, or None.
 
-        Added edits with the same prompt are tried first, in the order in which they were added.
+        Indexed edits with the same prompt are tried first, in the order in which they were added.
         """
         prompt = fold(edits[i].prompt)
         same = [self._prompts[prompt], self._rephrases[prompt]]
@@ -65,7 +65,7 @@ class _Answered:
         return next((j for j in chain(*same) if _differ(edits[j], edits[i])), None)
 
     def add(self, edits: Sequence[Edit], i: int) -> None:
-        """Add edit ``i``."""
+        """Add edit ``i`` to the index."""
         self._prompts[fold(edits[i].prompt)].append(i)
         for rephrase in edits[i].rephrases:
             self._rephrases[fold(rephrase)].append(i)

@@ -29,14 +29,14 @@ def split_documents(
 
     The first part keeps the prompt, the identifier and all questions of the edit. The prompts of the other parts end
     with "(part 2)", "(part 3)" and so on. If another edit already has such a prompt, this part number is skipped. No
-    text is dropped. A warning counts the edits that were split.
+    text is dropped. A warning gives the number of edits that were split.
 
     ``EditDataModule`` and the command ``sft`` call this function for documents, with the context length of the model.
 
     Args:
         edits: the edits, for example documents that ``EditDataset.load`` read from a folder.
         tokenizer: a tokenizer of ``transformers``.
-        max_length: maximum number of tokens of an edit, with its prompt and an end token. None splits nothing.
+        max_length: maximum number of tokens of an edit: prompt, target and end token. With None, no edit is split.
         prompt_format: the prompt format of the training: "plain", "chat", "question" or a ``ChatFormat``.
 
     Raises:
@@ -63,7 +63,7 @@ def split_documents(
         if split:
             warn(
                 f"{split} of {len(edits)} edits of {edits.name} have more than {max_length} tokens and were split; "
-                f"{len(parts)} edits are trained."
+                f"there are now {len(parts)} edits."
             )
     return EditDataset(parts, name=edits.name, format=edits.format, skipped=edits.skipped) if split else edits
 
@@ -100,7 +100,7 @@ def _parts(edit: Edit, tokenizer: Any, max_length: int, prompt_format: PromptFor
 
 
 def _prompts(prompt: str, parts: int, used: set[str]) -> list[str]:
-    """Return one prompt for each part of an edit. Numbers whose prompt is already used are skipped."""
+    """Return one prompt for each part of an edit. A part number is skipped if its prompt is already in ``used``."""
     numbered = (_numbered(prompt, number) for number in count(2))
     return [prompt, *islice((text for text in numbered if fold(text) not in used), parts - 1)]
 

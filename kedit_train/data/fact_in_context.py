@@ -1,4 +1,4 @@
-"""Put the new fact of an edit into a prompt, so that the unedited model can answer from its context."""
+"""Put the new fact of an edit into a prompt, so that the unedited model reads the fact before it answers."""
 
 from __future__ import annotations
 

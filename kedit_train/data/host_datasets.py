@@ -35,9 +35,9 @@ class TrainerDatasets(Sequence[Edit]):
         with a space if prompt and target need a space between them. In a chat, both columns contain messages, which
         ``SFTTrainer`` renders with the chat template of its tokenizer.
 
-        ``SFTTrainer`` (trl 1.16) appends end-of-text to every plain completion, even if the unedited model itself does
-        not end its completions. To avoid this, use :meth:`to_tokens` with its argument ``append_eos``. ``docs/data.md``
-        lists all differences between the tokens of ``SFTTrainer`` and those of :meth:`encode`.
+        ``SFTTrainer`` (trl 1.16) appends end-of-text to every plain completion, even if the unedited model never writes
+        end-of-text after a completion. To avoid this, use :meth:`to_tokens` with its argument ``append_eos``.
+        ``docs/data.md`` lists all differences between the tokens of ``SFTTrainer`` and those of :meth:`encode`.
 
         Args:
             prompt_format: "plain", "chat", "question" or a ``ChatFormat`` with ``thinking=False``.
@@ -57,9 +57,9 @@ class TrainerDatasets(Sequence[Edit]):
         """Convert the edits to a dataset with the columns ``prompt`` and ``privileged_context``, for ``SDFTTrainer``.
 
         ``privileged_context`` is a sentence with the new fact, which only the teacher reads. By default, TRL's
-        ``SDFTTrainer`` puts this sentence after the prompt, where it does not help to complete a plain prompt. With
-        plain prompts, set ``teacher_prompt_template="{privileged_context} {prompt}"`` in ``SDFTConfig``.
-        ``DistillationTrainer``, ``GRPOTrainer`` and ``RLOOTrainer`` read only the prompts.
+        ``SDFTTrainer`` puts this sentence after the prompt. A plain prompt is an incomplete sentence, so the new fact
+        must come before it. For plain prompts, set ``teacher_prompt_template="{privileged_context} {prompt}"`` in
+        ``SDFTConfig``. ``DistillationTrainer``, ``GRPOTrainer`` and ``RLOOTrainer`` read only the column ``prompt``.
 
         Args:
             prompt_format: "plain", "chat", "question" or a ``ChatFormat`` with ``thinking=False``. In a chat, the
@@ -151,7 +151,15 @@ def privileged_context_rows(edits: Iterable[Edit], prompt_format: PromptFormat) 
 
 
 def _chat_without_thinking(prompt_format: PromptFormat, reason: str) -> ChatFormat | None:
-    """Return the chat format, or None for plain text. ``reason`` says in an error why the model must not think."""
+    """Return the chat format, or None for plain text.
+
+    Args:
+        prompt_format: the prompt format.
+        reason: the end of the error message. It says why thinking must be off.
+
+    Raises:
+        EditError: the format is a ``ChatFormat`` with ``thinking=True``.
+    """
     chat = chat_format(prompt_format)
     if chat is not None and chat.thinking:
         raise EditError(f"prompt_format must have thinking=False, because {reason}")

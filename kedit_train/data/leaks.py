@@ -91,16 +91,22 @@ class LeakCheck:
         return self._prompts.any_in(text) or self._subjects.any_in(text)
 
     def is_leak(self, example: Edit) -> bool:
-        """Return whether the prompt of a training example mentions an edit, or the example contains a scored prompt.
+        """Return whether a training example is a leak and should be left out.
 
-        :meth:`mentions_edit` defines "mentions". A scored prompt is a rephrase of an edit or the prompt of a probe.
+        An example is a leak if its prompt contains ``edit.prompt`` or the subject of an edit (:meth:`mentions_edit`).
+        It is also a leak if its prompt and target together contain a rephrase or the prompt of a probe
+        (:meth:`contains_scored_prompt`).
         """
         text = f"{example.prompt}{separator(example.prompt, example.target)}{example.target}"
         return self.mentions_edit(example.prompt) or self.contains_scored_prompt(text)
 
 
 class _PhraseIndex:
-    """Searches a text for many phrases at once, by looking up the first characters at every position."""
+    """Search a text for many phrases at once.
+
+    The phrases are stored in a dict by their first characters. At every position of the text, the next characters are
+    looked up in this dict.
+    """
 
     KEY_LENGTH = 12
 
@@ -131,7 +137,10 @@ def contains_words(text: str, phrase: str) -> bool:
 
 
 def _ends_at_words(text: str, start: int, end: int) -> bool:
-    """Return whether ``start`` and ``end`` are word boundaries. In scripts without spaces, every position is one."""
+    """Return whether ``start`` and ``end`` are word boundaries.
+
+    In scripts without spaces, every position is a word boundary.
+    """
     return not any(
         0 < at < len(text) and all(c.isalnum() and not SPACELESS.match(c) for c in text[at - 1 : at + 1])
         for at in (start, end)

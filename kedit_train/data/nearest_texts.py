@@ -18,12 +18,14 @@ WORD = re.compile(r"\w+")
 def nearest_texts(texts: Sequence[str], edits: Sequence[Edit], n: int) -> list[str]:
     """Return the ``n`` texts nearest to each edit, without duplicates, in the order of ``texts``.
 
-    Texts that contain the old answer of the edit (as whole words) are nearer than all other texts. Within each of these
-    two groups, a text is nearer if it contains more words of the prompt. Words of the subject are not counted. If two
-    texts are equally near, the text that is earlier in ``texts`` is taken.
+    An edit mostly affects prompts that have a similar wording and the same old answer, but another subject. The
+    neighborhood prompts of CounterFact are such prompts. Therefore, the texts are ranked by two criteria:
 
-    This ranking is used because an edit mostly affects prompts with a similar wording and the same old answer, but
-    another subject. The neighborhood prompts of CounterFact are such prompts.
+    1. Texts that contain the old answer of the edit (as whole words) are nearer than all other texts.
+    2. If two texts are equal in this, the text with more words of the prompt is nearer. Words of the subject are not
+       counted.
+
+    If two texts are equally near, the text that is earlier in ``texts`` is taken.
 
     A text that contains the subject and the old answer of an edit states the fact that the edit changes. Such a text is
     never returned. Letter case is ignored. In scripts without spaces, pairs of characters are compared instead of

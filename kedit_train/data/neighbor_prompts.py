@@ -22,10 +22,12 @@ def neighbor_prompts(edits: Sequence[Edit], texts: Sequence[str], n: int, *, see
     """Return up to ``n`` prompts per edit: the prompt of the edit with a name from the texts in place of its subject.
 
     An edit mostly affects prompts with the same wording and another subject, such as the neighborhood prompts of
-    CounterFact. The prompts need not be sensible. See :func:`names_in` for what counts as a name. A name that shares a
-    word with the subject, or that is the subject of another edit, is not used. If there are fewer than ``n`` names, as
-    in scripts without capital letters, further parts of the texts are drawn. Each part has as many consecutive words as
-    the subject. In scripts without spaces, it has a few characters.
+    CounterFact. The prompts need not be sensible. :func:`names_in` defines what a name is. A name is not used if it
+    shares a word with the subject or is the subject of another edit.
+
+    Scripts without capital letters have no names. If there are fewer than ``n`` names, random parts of the texts
+    replace the missing names. Each part has as many words as the subject. In scripts without spaces, each part has a
+    few characters.
 
     The subject is searched for as whole words, and letter case is ignored. Edits without a subject, and edits whose
     prompt does not contain their subject, get no prompts. A result is left out if it contains the prompt or a rephrase
@@ -129,7 +131,10 @@ def _subject_in(edit: Edit) -> re.Pattern[str] | None:
 
 
 def _spans(subject: str, texts: Sequence[Sequence[str]], n: int, generator: random.Random) -> list[str]:
-    """Draw parts of texts. Each has as many words as the subject, or a few characters in scripts without spaces."""
+    """Return ``n`` random parts of the texts, or fewer if texts are too short.
+
+    Each part has as many words as the subject. In scripts without spaces, each part has a few characters.
+    """
     spans = []
     for _ in range(n if texts else 0):
         words = generator.choice(texts)

@@ -54,8 +54,8 @@ def as_completion(prompt: str) -> str:
 def switch_format(prompt: str, prompt_format: PromptFormat) -> str:
     """Turn an incomplete sentence into a question, and a question into an incomplete sentence.
 
-    With ``prompt_format="question"``, the model reads every prompt as a question, so the result is always an incomplete
-    sentence.
+    With ``prompt_format="question"``, all prompts of the training are framed as questions. The result is then always an
+    incomplete sentence. A prompt that is already an incomplete sentence is returned unchanged.
     """
     to_completion = prompt_format == "question" or is_question(prompt)
     return as_completion(prompt) if to_completion else as_question(prompt)
@@ -67,9 +67,10 @@ class _Frame:
 
     Args:
         generation: the text from which the model generates.
-        prompt: the text before the answer in training. If the model thinks before it answers, this is ``generation``
-            with an empty thinking block. Otherwise it is equal to ``generation``.
-        space: the spaces in front of the answer. None: they depend on prompt and target (:func:`separator`).
+        prompt: the text before the answer in training. If the model thinks before it answers, this text is
+            ``generation`` and an empty thinking block. Otherwise, it is equal to ``generation``.
+        space: the spaces in front of the answer, or None if the prompt and the target determine them
+            (:func:`separator`).
         after: the text that the template puts after the answer.
     """
 
@@ -159,7 +160,7 @@ def encode_in_format(
     """Tokenize a prompt and its target in one of the prompt formats.
 
     The tokens of the prompt are those of :func:`prompt_ids`, so training and generation use the same tokens. If the
-    model thinks before it answers, an empty thinking block follows. The target begins after this block.
+    model thinks before it answers, an empty thinking block is put between the prompt and the target.
 
     Args:
         tokenizer: a tokenizer of ``transformers``.

@@ -97,11 +97,11 @@ def count_at_end(ids: Sequence[int], token: int) -> int:
 
 
 def encode_continuation(tokenizer: Any, text: str) -> list[int]:
-    """Return the token ids that ``text`` has when it continues another text.
+    """Return the token ids of ``text`` as the continuation of another text.
 
-    Some tokenizers (Llama 2) put a space before every text. To avoid this space, a character is put in front of
-    ``text``, and the tokens of this character are removed. The character is chosen so that no token contains both the
-    character and the beginning of ``text``.
+    Some tokenizers (Llama 2) put a space before every text that they tokenize. A continuation must not get this space.
+    So another character is put in front of ``text``, and the tokens of this character are removed afterwards. The
+    character is chosen so that no token contains both the character and the beginning of ``text``.
     """
     for character in ("\n", "?", "a"):
         head = token_ids(tokenizer, character, special=False)
@@ -122,9 +122,9 @@ def encode_edit(
 ) -> Encoded:
     """Tokenize a prompt together with its target. The tokens of the prompt are always those of :func:`encode_prompt`.
 
-    If the prompt ends with a space or with half a word, a token may span the end of the prompt and the beginning of the
-    target. In this case, the target is tokenized separately, as a continuation of the prompt. So the prompt has the
-    same tokens in training and in generation.
+    Prompt and target are tokenized as one text. If the prompt ends with a space or with half a word, one token of this
+    text may contain both the end of the prompt and the beginning of the target. The target is then tokenized
+    separately, so that the prompt has the same tokens in training and in generation.
 
     Args:
         tokenizer: a tokenizer of ``transformers``.
@@ -163,12 +163,12 @@ def encode_pair(
     max_length: int | None,
     where: str,
 ) -> Encoded:
-    """Tokenize a prompt, already rendered in its prompt format, together with its target. See :func:`encode_edit`.
+    """Tokenize a prompt together with its target, as in :func:`encode_edit`. The prompt format is already applied.
 
     Args:
         tokenizer: a tokenizer of ``transformers``.
         prompt: the text that the model reads before it answers.
-        space: the text between prompt and target, for example a space. The model is also trained to generate this text.
+        space: the text between prompt and target, for example a space. It is trained as the beginning of the answer.
         target: the target of the edit.
         end: the id of the token that ends an answer. This token is appended, unless the target already ends with it.
             With None, no token is appended.
@@ -234,7 +234,7 @@ def collate(encoded: Sequence[Encoded], *, pad_id: int, padding_side: str = "rig
 
     Returns:
         ``input_ids``, ``attention_mask`` and ``labels``, each [batch, longest], int64. Labels are -100 outside of the
-        target. They are set by position, not by comparing ids with ``pad_id``.
+        target. An end-of-text token in the target keeps its label, even if ``pad_id`` is the same token.
 
     Raises:
         EditError: ``encoded`` is empty, or ``padding_side`` is unknown.
@@ -259,7 +259,10 @@ def collate(encoded: Sequence[Encoded], *, pad_id: int, padding_side: str = "rig
 
 
 def position_ids(attention_mask: torch.Tensor) -> torch.Tensor:
-    """Return positions [batch, length], counted from the first token that is not padding, for either padding side."""
+    """Return the position of each token, [batch, length], for padding on the left or on the right.
+
+    The first token that is not padding has position 0.
+    """
     return (attention_mask.cumsum(-1) - 1).clamp(min=0)
 
 

@@ -89,14 +89,15 @@ def _jobs(
 
 
 def _other_names(name: str, change: Change, places: Mapping[str, tuple[Path, Span]]) -> list[str]:
-    """Return the name under which the checkpoint stores a tensor, if it differs from the name in the model.
+    """Find the name of a tensor in the checkpoint, if the checkpoint has no tensor with the name from the model.
 
     The checkpoints of some vision-language models store ``model.language_model.layers.0.mlp.down_proj.weight`` as
-    ``model.layers.0.mlp.down_proj.weight``. Both names end with ``layers.0.mlp.down_proj.weight``. So a name is found
-    by this end and by the shape of the tensor. The contents of the tensor are compared later, as for all tensors.
+    ``model.layers.0.mlp.down_proj.weight``. Both names end with ``layers.0.mlp.down_proj.weight``. So this function
+    searches for a tensor whose name has the same end and whose shape is the same. The contents of the tensor are
+    compared later, as for all tensors.
 
     Returns:
-        A list with the name, or an empty list if no tensor or several tensors match.
+        A list with the name that was found. The list is empty if no tensor matches, or if several tensors match.
     """
     parts = name.split(".")
     numbers = [i for i, part in enumerate(parts) if part.isdigit()]

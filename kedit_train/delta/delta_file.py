@@ -62,8 +62,8 @@ def write(path: str | os.PathLike[str], changes: Mapping[str, Change], meta: Map
 def read(path: str | os.PathLike[str]) -> tuple[dict[str, Change], dict[str, Any]]:
     """Read a file that :func:`write` wrote, and verify every byte.
 
-    The tensors are copies: in memory, or on disk and memory-mapped if the file is large. The file may therefore be
-    replaced, changed or deleted afterwards.
+    The tensors are copied, so the file may be replaced, changed or deleted afterwards. A file of up to 64 MiB is copied
+    into memory. A larger file is copied to disk, and the copy is memory-mapped.
 
     Returns:
         Two values: a dict from the name of a tensor to its change, and the metadata.
@@ -128,7 +128,7 @@ def _change(name: str, entry: Mapping[str, Any], tensors: dict[str, Tensor]) -> 
 
 
 def _check_meta(meta: Mapping[str, Any]) -> None:
-    """Check the types of all metadata, because everything that prints, merges or uploads a delta relies on them."""
+    """Check the types of all metadata. The code that prints, merges or uploads a delta relies on these types."""
 
     def strings(values: Any, *, optional: bool = False) -> bool:
         return all(isinstance(value, str) or (optional and value is None) for value in values)
@@ -151,8 +151,8 @@ def _check_meta(meta: Mapping[str, Any]) -> None:
         )
     if not is_valid(meta.get("edits", {})):
         raise EditError(
-            'the metadata field "edits" must have a hash (a string or None) and a count (an integer >= 0), and may '
-            'have "parents" (a list of mappings with these two fields), got '
+            'the metadata field "edits" must have a hash (a string or None), a count (an integer >= 0) and, '
+            'optionally, "parents" (a list of mappings, each with a hash and a count), got '
             f"{meta.get('edits', {})!r:.100}; save the delta again"
         )
     if not all(type(value) in (int, float) and math.isfinite(value) for value in scores.values()):

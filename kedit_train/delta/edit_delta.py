@@ -134,9 +134,9 @@ class EditDelta:
     def load(cls, path: str | os.PathLike[str]) -> EditDelta:
         """Read a file from :meth:`save`, and verify every byte. The file may be changed or deleted afterwards.
 
-        A file of up to 64 MiB is copied into memory. A larger file is copied into an unnamed temporary file, in the
-        same folder or in the folder for temporary files. In this case, the tensors take memory only when they are used,
-        and the copy is deleted together with the delta object.
+        A file of up to 64 MiB is copied into memory. A larger file is copied to disk, as a temporary file without a
+        name, next to the original or in the folder for temporary files. The tensors of a large file take memory only
+        when they are used. The copy is deleted together with the delta object.
 
         Raises:
             EditError: the file is not a delta, is damaged, or was changed after it was written.
@@ -170,9 +170,9 @@ class EditDelta:
             hashes = [known.get(id(t)) or tensor_hash(_on_cpu(t)) for t in (tensors[n] for n in grouped(tensors))]
             if fingerprint_of(hashes) != self.meta["base"]["fingerprint"]:
                 raise EditError(
-                    "the model differs from the base model in tensors that the delta does not change, so the scores in "
-                    "the delta may not hold for this model; use the model for which the delta was made. apply() and "
-                    "revert() do not raise this error, because they check only the tensors that the delta changes."
+                    "the model differs from the base model in tensors that the delta does not change; use the model "
+                    "for which the delta was made. apply() and revert() do not check these tensors and still work, but "
+                    "the scores in the delta may not hold for this model."
                 )
         return state
 
@@ -236,10 +236,10 @@ class EditDelta:
         return self.changes[name].difference()
 
     def norms(self) -> dict[str, dict[str, float | None]]:
-        """Return the Frobenius norms of each tensor: of the change ("change"), and before the change ("before").
+        """Return two Frobenius norms per tensor: of its change ("change") and of its old values ("before").
 
-        Tensors without floating-point numbers are left out, and so are tensors whose norm is not finite. "before" is
-        None if the delta does not store all old values of the tensor.
+        "before" is None if the delta stores only some of the old values. Tensors without floating-point numbers are
+        left out. Tensors whose change has an infinite or NaN norm are also left out.
         """
         norms = {name: change.norms() for name, change in self.changes.items() if change.dtype.is_floating_point}
         return {name: values for name, values in norms.items() if math.isfinite(values["change"] or 0.0)}

@@ -37,9 +37,9 @@ def merge(
         deltas: at least one delta or task vector.
         weights: the factor of each delta. Default: 1 for each.
         method: ``linear`` returns the weighted sum. ``ties`` merges each tensor in three steps. First, it keeps the
-            entries of largest magnitude of each delta. Then it adds the kept values of all deltas, without using
-            ``weights``, and takes the sign of this sum for each entry. Last, it averages the weighted values that have
-            this sign.
+            entries of each delta with the largest magnitudes. Then it picks a sign for each entry: the sign of the sum
+            of the kept values, without ``weights``. Last, it multiplies the kept values by ``weights`` and averages
+            those that had this sign before the multiplication.
             ``dare`` keeps entries at random, divides the kept entries by ``density``, and returns the weighted sum.
         density: fraction of the entries that ``ties`` and ``dare`` keep, in (0, 1]. ``linear`` ignores it.
         seed: seed of the random draw of ``dare``.

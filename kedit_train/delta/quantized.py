@@ -16,16 +16,16 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def check_not_quantized(model: nn.Module, weights: Weights, scope: Mapping[str, nn.Parameter]) -> None:
-    """Check that no weight that the run changes is quantized. Other weights of the model may be quantized.
+    """Check that the run changes no quantized weight. Other weights of the model may be quantized.
 
     Args:
         model: the model before the edit.
         weights: the weights of this model.
-        scope: the parameters that the run trains. The run changes a weight if the weight is computed from one of these
-            parameters.
+        scope: the parameters that the run trains. If they belong to a PEFT adapter, the run changes the weights that
+            the adapter adapts.
 
     Raises:
-        EditError: a changed weight, or the base weight under an adapter, is quantized.
+        EditError: a parameter in ``scope`` or a weight that a trained adapter adapts is quantized.
     """
     trained = {id(parameter) for parameter in scope.values()}
     tensors = {id(tensor): tensor for tensor in named_tensors(model).values()}

@@ -19,7 +19,10 @@ COEFFICIENTS = tuple(round(0.1 * i, 2) for i in range(1, 11))
 
 @dataclass(frozen=True)
 class SweepPoint:
-    """The scores of the base model plus ``coefficient`` times the delta. Coefficient 0 is the base model."""
+    """The scores of one model of a sweep: the base model, to which ``coefficient`` times the delta was added.
+
+    Coefficient 0 is the base model without a change.
+    """
 
     coefficient: float
     reliability: float
@@ -53,11 +56,12 @@ def sweep(
 ) -> Sweep:
     """Score the model with several multiples of a delta, and pick one coefficient.
 
-    The rule has two steps. First, keep the coefficients with a locality of at least ``keep_locality`` times the
-    locality of the base model. Then pick the coefficient with the highest reliability. If several coefficients have the
-    same reliability, pick the coefficient nearest to 0. If none of the kept coefficients is more reliable than the base
-    model, pick nothing and raise an error. The paper (see References) uses this rule to make a model forget a task:
-    the model must keep 95 % of its accuracy on a control task.
+    Each coefficient gives a model: the base model plus the coefficient times the delta. A fixed rule picks one model.
+    First, models with a locality below ``keep_locality`` times the locality of the base model are excluded. Then, the
+    model with the highest reliability is picked. If several models have the same reliability, the coefficient nearest
+    to 0 is picked. If no remaining model is more reliable than the base model, an error is raised. The paper (see
+    References) uses this rule to make a model forget a task. There, the model must keep 95 % of its accuracy on a
+    control task.
 
     The coefficient is picked on the questions that ``score`` uses. Report final results on other questions.
 
@@ -72,8 +76,8 @@ def sweep(
         keep_locality: fraction of the locality of the base model that must remain, in [0, 1].
 
     Raises:
-        EditError: no coefficient keeps enough locality, none of the kept coefficients is more reliable than the base
-            model, a coefficient is not finite, or a score is missing or not finite.
+        EditError: no model keeps enough locality, no remaining model is more reliable than the base model, a
+            coefficient is not finite, all coefficients are 0, or a score is missing or not finite.
 
     References:
         "Editing Models with Task Arithmetic", arXiv 2212.04089.

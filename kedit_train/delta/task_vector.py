@@ -19,11 +19,11 @@ D = TypeVar("D")
 
 @dataclass(frozen=True)
 class BaseTensor:
-    """A tensor of the base model, with the values that the deltas recorded.
+    """A tensor of the base model in a task vector. Only the values that the deltas store are known.
 
     Args:
-        values: the whole tensor, with zeros where no delta recorded the value.
-        known: bool mask of the same shape. True where a delta recorded the value.
+        values: the whole tensor, with zeros where no delta stores the value.
+        known: bool mask of the same shape. True where a delta stores the value.
         hash: SHA-256 of the whole tensor in the base model.
         tied: other names of the same tensor.
     """
@@ -139,7 +139,10 @@ class TaskVector(Generic[D]):
     def with_differences(self, differences: Mapping[str, Tensor], *others: TaskVector[D]) -> TaskVector[D]:
         """Return a task vector with the given weight differences.
 
-        The new task vector knows all values of the base model that this vector or one of ``others`` knows.
+        Its base values and ``parents`` are those of this vector and of ``others`` together.
+
+        Raises:
+            EditError: the vectors have different base models.
         """
         base = dict(self.base)
         for other in others:

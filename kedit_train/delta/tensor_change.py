@@ -29,9 +29,9 @@ class Change:
         layout: which values are stored: the whole tensor (``dense``), ``rows`` (along the first dimension), ``columns``
             (along the last dimension), or ``entries`` of the flattened tensor.
         index: ascending row, column or entry numbers, [k]; None for ``dense``.
-        before: values before the edit. For ``dense``, they have the shape ``shape``. For ``rows``, the first dimension
-            is k instead. For ``columns``, the last dimension is k instead. For ``entries``, the shape is [k].
-        after: values after the edit, with the same shape and dtype.
+        before: the stored values before the edit. The layout determines their shape: ``shape`` for ``dense``,
+            [k, ...] for ``rows``, [..., k] for ``columns``, and [k] for ``entries``.
+        after: the stored values after the edit, with the same shape and dtype as ``before``.
         shape: the shape of the whole tensor.
         base: SHA-256 of the whole tensor before the edit (:func:`~kedit_train.delta.bitwise.tensor_hash`).
         tied: other names of the same tensor in the base model.
@@ -117,7 +117,9 @@ class Change:
         )
 
     def difference(self) -> Tensor:
-        """Return ``after - before`` of the whole tensor in fp32 (fp64 for fp64), zero where nothing changed.
+        """Return ``after - before`` for the whole tensor. Entries that the edit did not change are 0.
+
+        The result is in fp64 if the tensor is in fp64, and in fp32 otherwise.
 
         Raises:
             EditError: the tensor contains no floating-point numbers.
@@ -190,8 +192,7 @@ class Change:
     def _cost(self) -> int:
         """Return the size in bytes that a change with this layout and ``index`` would have in a file.
 
-        Here, ``before`` and ``after`` are still whole tensors. Only their values at the positions of ``index`` are
-        counted.
+        ``before`` and ``after`` must be whole tensors. Only their values at the positions of ``index`` are counted.
         """
         size = self.before.numel()
         if self.index is None:

@@ -28,7 +28,8 @@ class Weights(Mapping[str, Tensor]):
     Args:
         readers: for each name, a function that returns the tensor.
         tied: for each name, the other names of the same tensor.
-        made_of: for each name, the ``id()`` of every parameter from which the tensor is computed, if known.
+        made_of: for each name, the ``id()`` of every parameter from which the tensor is computed. It is empty if the
+            weights do not come from a module.
         about: ``name`` and ``license`` of the model, if known.
     """
 
@@ -93,9 +94,9 @@ def persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
 
 
 def grouped(named: Mapping[str, Tensor]) -> dict[str, tuple[str, ...]]:
-    """Return a dict from the first name of each tensor to all other names of this tensor.
+    """Return a dict from the first name of each tensor to a tuple of its other names.
 
-    If two names refer to the same memory, they are names of the same tensor.
+    Two names belong to one tensor if they refer to the same memory.
     """
     firsts: dict[Any, str] = {}
     groups: dict[str, tuple[str, ...]] = {}
@@ -176,7 +177,7 @@ def _merged(base: nn.Module, named: dict[str, Tensor], readers: Any, made_of: An
 
 
 def _merge(layer: Any, name: str) -> Tensor:
-    """Return a parameter with the active adapters of its layer merged. The layer itself stays unchanged."""
+    """Return a parameter as it is after merging the layer's active adapters. The layer itself stays unchanged."""
     plain = layer.get_base_layer().get_parameter(name)
     merged = copy.deepcopy(layer)
     merged.merge()
@@ -211,11 +212,11 @@ def _folder_weights(folder: Path) -> Weights:
 
 
 def shards_of(folder: Path) -> dict[Path, dict[str, Span]]:
-    """Return the weight files of a checkpoint, with the position of every tensor in each file.
+    """Return a dict from each weight file of a checkpoint to a dict from tensor name to position in this file.
 
     Raises:
-        EditError: the folder is not a safetensors checkpoint, a shard is missing, damaged or outside of the folder, or
-            the index does not match the shards.
+        EditError: the folder is not a safetensors checkpoint, or its index does not match the weight files (shards).
+            The error is also raised if a shard is missing or damaged, or lies outside of the folder.
     """
     if not folder.is_dir():
         raise EditError(f"folder {str(folder)!r} does not exist; give the folder of a checkpoint.")

@@ -65,8 +65,9 @@ def evaluate(
     - teacher-forced: the fraction of the preferred answer's tokens that the model ranks first when it reads all earlier
       tokens of this answer.
 
-    By default, an evaluation costs one forward pass per probe. More tokens are generated only if the model's answer
-    differs from the preferred answer, or if the probe has no accepted answer.
+    With the protocol "exact", which is usually the default, a probe needs only one forward pass if the model gives the
+    preferred answer. If it gives another answer, or if the probe has no accepted answer, the model must also generate
+    tokens one by one.
 
     Evaluate the unedited model first, and pass the resulting report as ``unedited``. Locality is then the fraction of
     answers that equal the unedited model's answer, and the report shows both models. Without ``unedited``, locality is
@@ -211,9 +212,9 @@ class _Evaluation:
         )
 
     def _retrieval(self, edits: Mapping[str, Edit], results: Sequence[ProbeResult]) -> dict[str, list[ProbeResult]]:
-        """Return a dict from edit to the results of the retrieval baseline.
+        """Return a dict from the name of an edit to the results of its prompts with the new fact in front of them.
 
-        The baseline is measured only on the unedited model. On the edited model, the dict is empty.
+        This retrieval baseline is measured only on the unedited model. For the edited model, the dict is empty.
         """
         by_edit: dict[str, list[ProbeResult]] = {}
         if "retrieval" not in self.options.extra_metrics or self.unedited is not None:
@@ -228,9 +229,9 @@ class _Evaluation:
     def _add_divergences(self, results: list[ProbeResult], answers: Mapping[str, Answer]) -> list[ProbeResult]:
         """Set ``kl``, the KL divergence from the unedited model, in the results of the locality probes.
 
-        Without the metric "kl", nothing is measured, and the results are returned unchanged. Without a report on the
-        unedited model, the evaluated model is itself the unedited model. In this case, its next-token distributions are
-        recorded for a later comparison, and the results are returned unchanged.
+        Without the metric "kl", the results are returned unchanged. If ``unedited`` is None, the evaluated model is the
+        unedited model. The results are then returned unchanged, and the model's next-token distributions are recorded,
+        so that the edited model can be compared with them later.
         """
         if "kl" not in self.options.extra_metrics:
             return results
@@ -245,10 +246,10 @@ class _Evaluation:
         return [replace(r, kl=kl[r.prompt]) if r.question == "locality" else r for r in results]
 
     def prose(self, edits: Sequence[Edit]) -> dict[str, Any]:
-        """Return the scores on the texts in ``options.prose``.
+        """Return a dict with the scores on the texts in ``options.prose``.
 
-        The key "perplexity" contains the perplexity of these texts. The key "prose" contains the scores that compare
-        the model with the unedited model, or an empty dict if there is no report on the unedited model.
+        The value of "perplexity" is the perplexity of these texts. The value of "prose" is a dict of scores that
+        compare the model with the unedited model. It is empty if there is no report on the unedited model.
         """
         options = self.options
         if options.prose is None:
@@ -310,14 +311,14 @@ def _protocols(
 
     The first rule that applies decides:
 
-    - If ``unedited`` is given, the protocols are the protocols of this report.
+    - If the unedited model's report is given, its protocols are used.
     - If ``options.protocol`` is not "auto", it sets the protocols.
     - If a judge is given, the protocol is "exact".
-    - In all other cases, :func:`choose_protocols` chooses the protocols.
+    - If none of these rules applies, :func:`choose_protocols` chooses the protocols.
 
     Raises:
-        EditError: the protocols of ``unedited`` differ from the protocol that ``options`` or the judge asks for, or a
-            judge is given and ``options.protocol`` is neither "auto" nor "exact".
+        EditError: a judge is given, but ``options.protocol`` is neither "auto" nor "exact". The error is also raised if
+            ``unedited`` was made with other protocols than ``options`` or the judge asks for.
     """
     given = None if options.protocols is None else Protocols(options.protocols)
     if judge is not exact_match:

@@ -19,7 +19,7 @@ _METRICS = Rule(
 )
 
 _PROTOCOL = Rule(
-    '"auto", or one or several of ' + ", ".join(f'"{name}"' for name in PROTOCOLS),
+    '"auto", one of ' + ", ".join(f'"{name}"' for name in PROTOCOLS) + ", or a list of these names without repetition",
     lambda value: (
         value in ("auto", *PROTOCOLS)
         if isinstance(value, str)
@@ -35,9 +35,8 @@ _PROTOCOL = Rule(
 class EvaluationOptions:
     """Settings of an evaluation, for :func:`~kedit_train.evaluation.evaluate` and the callback ``EditMetrics``.
 
-    Evaluate the unedited and the edited model with the same options. ``evaluate`` raises an error if the two models
-    are evaluated with different ``protocol``, ``max_new_tokens`` or ``prompt_format``, because these settings change
-    the answers.
+    Evaluate the unedited and the edited model with the same options. ``evaluate`` raises an error if ``protocol``,
+    ``max_new_tokens`` or ``prompt_format`` differs between the two models, because these settings change the answers.
 
     Args:
         metrics: what to measure in addition to reliability, generality, portability and locality: "all", or a list of
@@ -58,10 +57,10 @@ class EvaluationOptions:
               per prompt, as long as the target.
         protocol: how answers are judged: "leading", "exact", "contains", "wild", "teacher_forced" or "probability", or
             a list of them. :mod:`kedit_train.evaluation.scoring.protocols` explains each protocol. In a list, the
-            first protocol gives the headline scores (the scores that a report shows first). "auto" usually means
-            "exact". With "auto" and plain prompts, ``evaluate`` first generates the unedited model's answers to up to
-            16 of the prompts. If the model often goes on after its answer instead of generating an end token, "auto"
-            means ["leading", "probability"].
+            first protocol gives the headline scores (the scores that a report shows first). With chat and question
+            prompts, "auto" means "exact". With plain prompts, the unedited model first answers up to 16 of the prompts.
+            If at least a quarter of these answers do not end by themselves, "auto" means ["leading", "probability"].
+            Otherwise, it means "exact".
         batch_size: prompts per forward pass. The scores do not depend on the batch size.
         max_new_tokens: maximum length of an answer, in tokens, with the protocols "exact", "contains" and "wild". If
             ``protocol`` contains none of these three, the maximum length is the length of the longest accepted

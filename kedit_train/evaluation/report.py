@@ -43,8 +43,9 @@ class Report(ReportData):
         answers: one :class:`~kedit_train.evaluation.scoring.probe_results.ProbeResult` per evaluation prompt.
         meta: dict with the metadata of the evaluation. It contains the number, the name and the hash of the edits, the
             model, versions, settings, seed, date, and duration in seconds.
-        distributions: dict from prompt or text to next-token distributions. Only a report on an unedited model contains
-            them, and only with the metric "kl" or with ``prose``. They are kept in memory and not saved.
+        distributions: dict from prompt or text to the unedited model's next-token distributions. It is empty unless
+            this is the report on the unedited model, made with the metric "kl" or with ``prose``. The distributions are
+            kept in memory and not saved.
 
     Example:
         >>> from kedit_train import EditDataset, Report, evaluate, world
@@ -65,8 +66,8 @@ class Report(ReportData):
         """Return the report as Markdown.
 
         Args:
-            answers: maximum number of rows in each of three tables: the edits, the rephrased prompts without the
-                new answer, and the changed locality answers.
+            answers: maximum number of rows in each of three tables: the edits, the rephrased prompts to which the
+                model does not give the new answer, and the locality prompts whose answers changed.
         """
         return render_markdown(self, answers)
 
@@ -78,11 +79,11 @@ class Report(ReportData):
         last expression of a cell.
 
         Args:
-            answers: maximum number of rows in each of three tables: the edits, the rephrased prompts without the
-                new answer, and the changed locality answers.
-            delta: the :class:`~kedit_train.delta.EditDelta` of the edit, from which the change of the weights is read.
-                With None, the page shows the change that the evaluation measured, if the evaluation was given the
-                weights before the edit.
+            answers: maximum number of rows in each of three tables: the edits, the rephrased prompts to which the
+                model does not give the new answer, and the locality prompts whose answers changed.
+            delta: the :class:`~kedit_train.delta.EditDelta` of the edit. The page shows the change of the weights that
+                this delta contains. Default: the change that the evaluation measured, if it was given the weights
+                before the edit.
         """
         norms = None if delta is None else delta.norms()
         return page(f"{HEADING} {self.meta['data_name']}", render_html(self, answers, norms))
@@ -161,8 +162,8 @@ class Report(ReportData):
 
         Args:
             console: where to print. Default: standard output.
-            answers: maximum number of rows in each of three tables: the edits, the rephrased prompts without the
-                new answer, and the changed locality answers.
+            answers: maximum number of rows in each of three tables: the edits, the rephrased prompts to which the
+                model does not give the new answer, and the locality prompts whose answers changed.
         """
         # Imported here, because training without printing must not need rich.
         from rich.console import Console

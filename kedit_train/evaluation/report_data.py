@@ -60,7 +60,7 @@ class ReportData:
 
 
 def flatten(metrics: Mapping[str, Any]) -> Iterator[tuple[str, Score]]:
-    """Yield pairs (name for experiment loggers, score) from a nested dict, without the scores by token position."""
+    """Yield pairs (name for experiment loggers, score) from a nested dict. Scores by token position are left out."""
     for question, scores in metrics.items():
         if question == "positions":
             continue

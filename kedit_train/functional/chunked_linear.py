@@ -24,9 +24,9 @@ _BLOCK = 2**14
 class GradientSums:
     """Sums of the gradients of given tensors over several backward passes, in fp32 (fp64 for fp64 tensors).
 
-    The gradient of an output head is as large as the head. To keep only one tensor of this size in memory,
-    :func:`linear` adds the gradient of its weight to the sum in place when it runs inside :meth:`collecting`. Use
-    :meth:`add` for all other gradients.
+    The gradient of an output head is as large as the head. Only one tensor of this size should be in memory. Therefore,
+    if :func:`linear` is called inside :meth:`collecting`, its backward pass adds the gradient of the weight to the sum
+    in place. Use :meth:`add` for all other gradients.
 
     Args:
         tensors: the trained tensors.
@@ -150,7 +150,7 @@ class _Linear(torch.autograd.Function):
 
 
 def _to_hidden(grad: Tensor, weight: Tensor, dtype: torch.dtype, widen: bool) -> Tensor:
-    """Return the gradient [n, d] of the hidden states, with the weight rounded to ``dtype``."""
+    """Return the gradient of the hidden states, ``grad @ weight`` [n, d]. The weight is first rounded to ``dtype``."""
     if not widen:
         return grad @ weight.to(dtype)
     # Only CUDA can multiply half-precision matrices with a result in fp32. Other devices need a conversion first.

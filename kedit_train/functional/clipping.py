@@ -17,7 +17,7 @@ def clipped(divergence: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
 
     Returns:
         ``max(divergence, epsilon)`` [N], and a bool tensor [N] that is True where the divergence is above ``epsilon``
-        or NaN. A token with a NaN divergence must not be reported as learned.
+        or NaN. With True for NaN, a token with a NaN divergence is not reported as learned.
     """
     active = ~(divergence <= epsilon)
     # clamp(min=epsilon) has a gradient of one where the values are equal, and a clipped token must have no gradient.
@@ -31,7 +31,7 @@ def smoothed_loss(logits: Tensor, target: Tensor, *, epsilon: float = 0.0) -> tu
     build the tensor ``target``.
 
     Args:
-        logits: [N, V], any float dtype, computed in fp32 (fp64 stays fp64).
+        logits: [N, V], any float dtype. The loss is computed in fp32 (in fp64 for fp64 logits).
         target: [N, V] probabilities, a constant.
         epsilon: clip in nats.
 

@@ -47,7 +47,7 @@ def rowwise(value: Value, gradient: Gradient, logits: Tensor, *rows: Tensor) -> 
 
 
 def blocks(logits: Tensor, *rows: Tensor) -> list[tuple[Tensor, ...]]:
-    """Split tensors with N entries into at least one block, which may be empty.
+    """Split tensors with N entries into blocks. If N is 0, return one empty block.
 
     On a CPU, a block is small enough for the cache. On every other device, one block contains all entries.
     """
@@ -60,7 +60,7 @@ def entropy(logits: Tensor) -> Tensor:
     """Return the entropy of each token's distribution in nats, without gradient.
 
     Args:
-        logits: [N, V], any float dtype, computed in fp32 (fp64 stays fp64).
+        logits: [N, V], any float dtype. The entropy is computed in fp32 (in fp64 for fp64 logits).
 
     Returns:
         [N].

@@ -15,7 +15,8 @@ def cross_entropy(logits: Tensor, labels: Tensor, *, epsilon: float = 0.0) -> tu
     Values above the clip equal those of ``torch.nn.functional.cross_entropy`` bit for bit.
 
     Args:
-        logits: [N, V] at the positions that predict ``labels``; any float dtype, computed in fp32 (fp64 stays fp64).
+        logits: [N, V] at the positions that predict ``labels``, any float dtype. The loss is computed in fp32 (in fp64
+            for fp64 logits).
         labels: [N] token ids.
         epsilon: clip in nats. A token with a cross-entropy of at most ``epsilon`` has no gradient.
 

@@ -18,7 +18,8 @@ def dynamic_cross_entropy(logits: Tensor, labels: Tensor, *, epsilon: float = 0.
     token has the same reward.
 
     Args:
-        logits: [N, V] at the positions that predict ``labels``; any float dtype, computed in fp32 (fp64 stays fp64).
+        logits: [N, V] at the positions that predict ``labels``, any float dtype. The loss is computed in fp32 (in fp64
+            for fp64 logits).
         labels: [N] token ids.
         epsilon: clip in nats, applied to the cross-entropy before it is multiplied by ``p_y``. 0 is the loss of the
             paper.

@@ -1,4 +1,4 @@
-"""Distillation from a teacher of which only the most probable tokens are stored."""
+"""Distillation from a teacher. Only the teacher's k most probable tokens are stored."""
 
 from __future__ import annotations
 
@@ -18,10 +18,12 @@ def distillation(
     """Compute the loss of each token: the divergence from a teacher, or the cross-entropy of the label.
 
     The divergence is KL(teacher || model) over k + 1 buckets: the k most probable tokens of the teacher, and all other
-    tokens together. The entropy of the teacher is constant, so the gradient is that of cross-entropy with soft targets.
+    tokens together. The entropy of the teacher is constant. Therefore, this divergence and the cross-entropy with soft
+    targets have the same gradient.
 
     Args:
-        logits: [N, V] at the positions that predict ``labels``; any float dtype, computed in fp32 (fp64 stays fp64).
+        logits: [N, V] at the positions that predict ``labels``, any float dtype. The loss is computed in fp32 (in fp64
+            for fp64 logits).
         labels: [N] token ids.
         log_probs: [N, k + 1], the teacher's log-probabilities from
             :func:`~kedit_train.functional.top_k_divergence.top_log_probs`. Rows with a False in ``taught`` are ignored.

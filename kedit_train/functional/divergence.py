@@ -18,11 +18,11 @@ def kl_divergence(p_logits: Tensor, q_logits: Tensor) -> Tensor:
     """Return KL(p || q) of each token.
 
     Args:
-        p_logits: [N, V], any float dtype, computed in fp32 (fp64 stays fp64). A logit of minus infinity adds nothing.
+        p_logits: [N, V], any float dtype. A token with a logit of minus infinity adds 0 to the divergence.
         q_logits: [N, V], any float dtype.
 
     Returns:
-        [N] in nats.
+        [N] in nats, computed in fp32 (in fp64 for fp64 logits).
     """
     p_log, q_log = _log_softmax(p_logits), _log_softmax(q_logits)
     p = p_log.exp()
@@ -34,11 +34,11 @@ def jensen_shannon(p_logits: Tensor, q_logits: Tensor) -> Tensor:
     """Return the Jensen-Shannon divergence of each token: the mean of KL(p || m) and KL(q || m), m = (p + q) / 2.
 
     Args:
-        p_logits: [N, V], any float dtype, computed in fp32 (fp64 stays fp64).
+        p_logits: [N, V], any float dtype.
         q_logits: [N, V], any float dtype.
 
     Returns:
-        [N] in nats, at most ln 2.
+        [N] in nats, at most ln 2, computed in fp32 (in fp64 for fp64 logits).
     """
     p_log, q_log = _log_softmax(p_logits), _log_softmax(q_logits)
     # The values are clamped, because two logits of minus infinity would give NaN. The probability stays zero.
@@ -54,13 +54,13 @@ def token_divergence(reference_logits: Tensor, logits: Tensor, *, direction: Dir
     gradient, the divergence is computed in blocks of rows, with its gradient in closed form.
 
     Args:
-        reference_logits: [N, V], any float dtype, computed in fp32 (fp64 stays fp64).
+        reference_logits: [N, V], any float dtype.
         logits: [N, V] of the edited model, any float dtype.
         direction: "forward" is KL(reference || model), "reverse" is KL(model || reference), "jsd" is the
             Jensen-Shannon divergence.
 
     Returns:
-        [N] in nats.
+        [N] in nats, computed in fp32 (in fp64 for fp64 logits).
 
     Raises:
         ValueError: the direction is unknown.

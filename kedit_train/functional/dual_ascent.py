@@ -31,8 +31,8 @@ def dual_ascent(log_multiplier: float, violation: float, *, step_size: float, bo
     """Return the logarithm of the Lagrange multiplier after one step of dual ascent.
 
     The constrained problem is: minimize the loss, subject to ``value <= target``. Its Lagrange multiplier is the weight
-    of the penalty. The step is taken on the logarithm of the multiplier, along the logarithm of ``value / target``.
-    Therefore the step does not depend on the scale of the loss, of the value or of the multiplier.
+    of the penalty. The step adds ``step_size * violation`` to the logarithm of the multiplier. Therefore, the step does
+    not depend on the scale of the loss, of the value or of the multiplier.
 
     Args:
         log_multiplier: logarithm of the multiplier before the step.
@@ -54,11 +54,12 @@ def dual_ascent(log_multiplier: float, violation: float, *, step_size: float, bo
 
 
 def penalty_weight(log_multiplier: float, violation: float, *, largest: float) -> float:
-    """Return the weight of the penalty: the multiplier, or more than that while the value is above its target.
+    """Return the weight of the penalty.
 
-    While the value is above its target, the multiplier is multiplied by the square root of ``value / target``, where
-    the ratio counts as at most e. This proportional term reacts at once. It damps the oscillation of the multiplier,
-    which reacts only over many steps.
+    While the value is at or below its target, the weight is the multiplier. While the value is above its target, the
+    weight is the multiplier times the square root of ``value / target``, and the ratio counts as at most e. The
+    multiplier reacts only over many steps and can oscillate. The square root, a proportional term, reacts at once and
+    damps the oscillation.
 
     Args:
         log_multiplier: logarithm of the multiplier.

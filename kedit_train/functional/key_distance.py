@@ -31,9 +31,9 @@ def key_distances(states: Tensor, keys: Tensor) -> Tensor:
 
 
 def matches(states: Tensor, keys: Tensor, radii: Tensor) -> Tensor:
-    """Return whether each state lies within the radius of a key. A state on the boundary is inside.
+    """Return for each state whether its distance to any key is at most the radius of this key.
 
-    A radius of 0 contains no state, not even the key itself.
+    Exception: a key with a radius of 0 matches no state, not even a state that equals the key.
 
     Args:
         states: [positions, hidden], any floating dtype.
@@ -56,7 +56,7 @@ def opened_from(near: Tensor, before: Tensor) -> Tensor:
 
     Args:
         near: [rows, positions], bool: whether the position matches a key.
-        before: [rows], bool: whether the gate was already open before the first of these positions.
+        before: [rows], bool: whether the gate of the row was already open before the first position.
 
     Returns:
         [rows, positions], bool.

@@ -2,9 +2,9 @@
 
 The cost of a change D of a weight [out, in] is ``vec(D)ᵀ G vec(D)`` with the Gauss-Newton matrix G. K-FAC approximates
 G by the Kronecker product of A = E[a aᵀ] (inputs) and S = E[g gᵀ] (gradients at the outputs). The eigenvectors of the
-product are pairs u_i v_jᵀ of eigenvectors of S and A, with eigenvalues s_i a_j. The pairs with the greatest
-eigenvalues are removed from D. Pairs are removed until their eigenvalues add up to at least the fraction
-``energy`` of the trace.
+product are pairs u_i v_jᵀ of eigenvectors of S and A, with eigenvalues s_i a_j. The pairs are removed from D
+in the order of their eigenvalues, largest first, until the eigenvalues of the removed pairs add up to at least the
+fraction ``energy`` of the trace of the product.
 
 References:
     "CrispEdit", arXiv 2602.15823.
@@ -100,8 +100,8 @@ def project_low_curvature(
     Args:
         delta: [out, in], the change, in the dtype of the curvature. For a ``Conv1D``, pass the transposed change.
         curvature: from :func:`high_curvature`.
-        reduce: function that sums a matrix [p, q] over all processes, if each process has only some rows of ``delta``
-            and the same rows of ``curvature.left``. None if ``delta`` is complete.
+        reduce: None if ``delta`` is complete. If each process has only some rows of ``delta`` and the same rows of
+            ``curvature.left``: a function that sums a matrix [p, q] over all processes.
 
     Returns:
         [out, in].

@@ -1,8 +1,8 @@
 """Project weights onto norm balls, exactly in the dtype in which the weights are stored.
 
 After every step the weights are projected onto ``|w - reference| <= radius``. If ``reference + radius`` is rounded to
-bf16, its distance from the reference can exceed a radius of 1e-3 by 10%. All comparisons here are made in fp64
-on the stored values, and a value that rounding moves outside the ball is moved back inside.
+bf16, its distance from the reference can exceed a radius of 1e-3 by 10%. Therefore, this module compares the stored
+values in fp64. If rounding moves a value out of the ball, the value is moved back inside.
 
 References:
     "Modifying Memories in Transformer Models", arXiv 2012.00363.
@@ -42,7 +42,7 @@ def step_toward(values: Tensor, target: Tensor) -> Tensor:
 
 
 def linf_bounds(reference: Tensor, radius: float) -> tuple[Tensor, Tensor]:
-    """Return, for each entry, the smallest and the greatest value of the dtype within ``radius``.
+    """Return the smallest and the greatest value of the dtype within ``radius`` of each entry.
 
     To keep weights in the ball, clamp the weights to these bounds after each step. If the dtype has no other value
     within ``radius`` of an entry, both bounds equal the entry.

@@ -1,10 +1,11 @@
 """Find the input directions that a weight change must not affect, and remove them from the change.
 
-For ``y = W k``, a change D keeps the outputs for inputs K0 if ``D K0 = 0``. AlphaEdit applies this to a closed-form
-update, with an absolute threshold on singular values. Here the directions are chosen by their fraction of the energy of
-the inputs (the trace of the second moment), which is comparable between models and layers. The projection is applied to
-the whole difference from the original weights. It is not enough to project only the gradient, because Adam rescales
-each entry of the gradient, and the step then leaves the null space.
+For a linear layer ``y = W k``, a change D of the weight keeps the outputs for inputs K0 if ``D K0 = 0``. AlphaEdit
+applies this to a closed-form update, and selects directions by an absolute threshold on singular values. This module
+selects the directions that contain a given fraction of the trace of the inputs' second moment. Such a fraction is
+comparable between models and layers. The projection is applied to the whole difference from the original weights. It is
+not enough to project only the gradient, because Adam rescales each entry of the gradient, and the step then leaves the
+null space.
 
 References:
     "AlphaEdit: Null-Space Constrained Knowledge Editing for Language Models", arXiv 2410.02355.
@@ -32,15 +33,15 @@ def principal_directions(
     """Return the orthonormal directions that contain most of the trace of a second moment.
 
     Args:
-        moment: [d, d], E[k kᵀ], symmetric.
+        moment: [d, d], the second moment E[k kᵀ] of vectors k, symmetric.
         energy: minimum fraction of the trace that the directions contain, in (0, 1]. 1 takes every direction with
             an eigenvalue above the rounding error of the moment (``d * eps`` times the greatest eigenvalue).
-        rank: upper bound of the rank of the moment, for example the number of vectors in it. With a bound of at most
-            d / 2, the directions are computed in the span of the moment, in about ``4 d² rank`` operations instead of
-            about ``10 d³``.
-        start: [d, s], the directions of a similar moment. One step of subspace iteration then
-            approximates the directions in about ``4 d² s`` operations. If the approximate directions contain too little
-            of the trace, the exact directions are computed.
+        rank: upper bound of the rank of the moment, for example the number of vectors k. If the bound is at most d / 2,
+            the directions are computed in the column space of the moment. This takes about ``4 d² rank`` operations
+            instead of about ``10 d³``.
+        start: [d, s], the result of this function for a similar moment, if there is one. It is used if s is below
+            d / 4. Then, one step of subspace iteration approximates the directions in about ``4 d² s`` operations. If
+            the approximate directions contain too little of the trace, the exact directions are computed.
 
     Returns:
         [d, r] in fp64, sorted by descending eigenvalue.
@@ -63,9 +64,10 @@ def _fewest(values: Tensor, energy: float) -> int:
 
 
 def _eigenvectors_near(moment: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
-    """Return approximate descending eigenvalues and eigenvectors, by one step of subspace iteration from ``start``.
+    """Approximate eigenvalues and eigenvectors of ``moment`` by one step of subspace iteration from ``start``.
 
-    Random vectors are added to ``start``, for directions that are new in ``moment``.
+    Random vectors are added to ``start``, to find directions of ``moment`` that ``start`` does not contain. The result
+    is sorted by descending eigenvalue.
     """
     generator = torch.Generator().manual_seed(0)
     random = torch.randn(len(moment), start.shape[1] // 4 + 16, generator=generator, dtype=moment.dtype)
@@ -74,7 +76,10 @@ def _eigenvectors_near(moment: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _eigenvectors(moment: Tensor, rank: int | None) -> tuple[Tensor, Tensor]:
-    """Return ascending eigenvalues and eigenvectors; with a small ``rank``, only those in the span of ``moment``."""
+    """Return the eigenvalues and eigenvectors of ``moment``, sorted by ascending eigenvalue.
+
+    If ``rank`` is at most half of the size, only eigenvectors in the column space of ``moment`` are computed.
+    """
     size = len(moment)
     if rank is None or 2 * rank > size:
         return torch.linalg.eigh(moment)
@@ -85,7 +90,10 @@ def _eigenvectors(moment: Tensor, rank: int | None) -> tuple[Tensor, Tensor]:
 
 
 def _eigenvectors_in_span(moment: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
-    """Return ascending eigenvalues and eigenvectors of a moment in the span of its products with ``vectors``."""
+    """Return eigenvalues and eigenvectors of ``moment``, restricted to the column space of ``moment @ vectors``.
+
+    They are sorted by ascending eigenvalue.
+    """
     span = torch.linalg.qr(moment @ vectors)[0]
     values, within = torch.linalg.eigh(span.T @ moment @ span)
     return values, span @ within
@@ -161,7 +169,7 @@ def project_free(delta: Tensor, space: FreeSpace) -> Tensor:
 
 @lru_cache(maxsize=8)
 def _random_vectors(size: int) -> Tensor:
-    """Return the random vectors of a sketch, [size, _SKETCH]. They are the same in every step."""
+    """Return the random vectors of a sketch, [size, _SKETCH]. Every call returns the same vectors."""
     return torch.randn(size, _SKETCH, generator=torch.Generator().manual_seed(0))
 
 

@@ -15,7 +15,7 @@ Distance = Literal["mse", "quantile", "kl"]
 
 
 def output_distance(before: Tensor, now: Tensor, *, distance: Distance) -> Tensor:
-    """Return the distance of each output value, or of each distribution, from the output before the edit.
+    """Return the distance between the outputs before the edit and the outputs now, without averaging.
 
     - "mse": the squared difference of each value.
     - "quantile": the absolute difference of each value, where the values are quantiles. The 1-Wasserstein distance of
@@ -24,12 +24,13 @@ def output_distance(before: Tensor, now: Tensor, *, distance: Distance) -> Tenso
     - "kl": KL(before || now) of each distribution, in nats. The last dimension holds the logits of one distribution.
 
     Args:
-        before: output of the model before the edit, any shape and float dtype, computed in fp32 (fp64 stays fp64).
-        now: output of the model now, the same shape.
+        before: outputs of the model before the edit, any shape and float dtype.
+        now: outputs of the model now, the same shape.
         distance: "mse", "quantile" or "kl".
 
     Returns:
-        The shape of the outputs. With "kl", this shape without the last dimension.
+        One distance per output value, in the shape of the outputs. With "kl", one distance per distribution, in this
+        shape without the last dimension. The distances are computed in fp32 (in fp64 for fp64 outputs).
 
     Raises:
         ValueError: the shapes differ, or the distance is unknown.

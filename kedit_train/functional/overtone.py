@@ -27,7 +27,7 @@ def overtone_target(
     token of the mixture. Otherwise the one-hot label is the target.
 
     Args:
-        logits: [N, V] at the positions that predict ``labels``; any float dtype, computed in fp32 (fp64 stays fp64).
+        logits: [N, V] at the positions that predict ``labels``, any float dtype.
         labels: [N] token ids.
         label_weight: weight of the one-hot label in the mixture, in [0, 1], as in the paper. With 1, the loss is
             cross-entropy. The usual argument of label smoothing is different: it is the weight of the uniform
@@ -82,7 +82,8 @@ def overtone(
     the paper). The defaults are the paper's values for LoRA (appendix B.1). For FT-M the paper uses ``epsilon=0.01``.
 
     Args:
-        logits: [N, V] at the positions that predict ``labels``; any float dtype, computed in fp32 (fp64 stays fp64).
+        logits: [N, V] at the positions that predict ``labels``, any float dtype. The loss is computed in fp32 (in fp64
+            for fp64 logits).
         labels: [N] token ids.
         label_weight: weight of the one-hot label in the mixture, in [0, 1].
         epsilon: clip in nats. A token with a divergence of at most ``epsilon`` has no gradient.
@@ -112,10 +113,10 @@ def overtone_statistics(
 ) -> tuple[Tensor, ...]:
     """Compute the OverTone loss of each token, like :func:`overtone`, and also statistics of the targets.
 
-    Let p be the distribution of the model with the log normalizer Z, and f the filtered distribution (p without
-    unlikely tokens) with the log normalizer Z_f. The target t is the mixture of f and the one-hot label. KL(t || p) is
-    a sum over the vocabulary. The terms of all tokens except the label y add up to
-    ``(1 - t_y) (log(1 - label_weight) + Z - Z_f)``, because the logits cancel.
+    Let p be the model's distribution, and Z its log normalizer. Let f be the filtered distribution (p without unlikely
+    tokens), and Z_f its log normalizer. The target t is the mixture of f and the one-hot label. KL(t || p) is a sum
+    over the vocabulary. In the terms of all tokens except the label y, the logits cancel, and these terms add up to
+    ``(1 - t_y) (log(1 - label_weight) + Z - Z_f)``.
 
     Args:
         logits, labels, label_weight, epsilon, n_sigma, vocab_size: as for :func:`overtone`.

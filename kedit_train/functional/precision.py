@@ -14,7 +14,8 @@ HALF = (torch.float16, torch.bfloat16)
 def full_precision(device_type: str) -> Iterator[None]:
     """Context manager: turn off autocast, and compute fp32 matrix products in fp32 instead of TF32 or bf16.
 
-    TF32 has 10 bits of mantissa, so a projection in TF32 leaves about 1e-3 of the component that it should remove.
+    TF32 has 10 bits of mantissa. If a projection removed a component of a tensor in TF32, about 1e-3 of the component
+    would remain.
 
     Args:
         device_type: "cpu", "cuda", ...

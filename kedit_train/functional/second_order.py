@@ -41,8 +41,8 @@ def second_order_divergence(change: Tensor, output_moment: Tensor | None, input_
 def divergence_of_gradient(change: Tensor, gradient: Tensor) -> Tensor:
     """Return the estimated divergence of a change, computed from its gradient.
 
-    The estimate is that of :func:`second_order_divergence`. Autograd would compute the products with S and A a second
-    time in the backward pass. This function avoids these products, because the gradient is already known.
+    The result equals the result of :func:`second_order_divergence`. Autograd would compute the products with S and A a
+    second time in the backward pass. This function avoids these products, because the gradient is already known.
 
     Args:
         change: D, [out, in].

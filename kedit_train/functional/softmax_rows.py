@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def shifted_logits(z: Tensor, labels: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Subtract the greatest logit of the true vocabulary.
+    """Shift each row of logits, so that the greatest logit of the true vocabulary becomes 0.
 
     Args:
         z: [n, V] logits.
@@ -15,8 +15,8 @@ def shifted_logits(z: Tensor, labels: Tensor, size: int) -> tuple[Tensor, Tensor
         size: number of entries of the true vocabulary. The output head may have more rows (vocabulary padding).
 
     Returns:
-        The greatest logit [n, 1], the shifted logits of the true vocabulary [n, size], and the shifted logit of the
-        label [n].
+        The greatest logit before the shift [n, 1], the shifted logits of the true vocabulary [n, size], and the shifted
+        logit of the label [n].
     """
     top = z[:, :size].amax(-1, keepdim=True)
     return top, z[:, :size] - top, (z.gather(-1, labels.unsqueeze(-1)) - top).squeeze(-1)
@@ -67,7 +67,7 @@ def subtract_label(out: Tensor, labels: Tensor, mass: Tensor, active: Tensor) ->
     Args:
         out: [n, V], changed in place.
         labels: [n] token ids.
-        mass: [n], the part of the label's target probability that has not been subtracted from ``out`` yet.
+        mass: [n], the target probability of the label, without the part that the caller already subtracted.
         active: [n] bool, False for a token that has no gradient.
     """
     out.scatter_add_(-1, labels.unsqueeze(-1), -mass.unsqueeze(-1))

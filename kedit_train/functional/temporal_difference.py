@@ -42,7 +42,8 @@ def td_targets(values: Tensor, rewards: Tensor, mask: Tensor, *, trace: float = 
     ``discount * ((1 - trace) * values[t + 1] + trace * target[t + 1])``. With ``trace=0``, this is TD(0), the target of
     RE-Control. With ``trace=1``, it is the discounted reward.
 
-    No gradient flows through the targets, so the loss trains only the value at the same position (semi-gradient).
+    No gradient flows through the targets (semi-gradient). The loss at position t trains ``values[t]``, but not
+    ``values[t + 1]``.
 
     Args:
         values: [batch, length], the values of a target network or of the trained network.

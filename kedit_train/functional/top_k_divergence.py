@@ -12,12 +12,13 @@ def top_log_probs(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Reduce distributions to their ``k`` most probable tokens and the total probability of all other tokens.
 
     Args:
-        logits: [N, V], computed in fp32 (fp64 stays fp64).
+        logits: [N, V], any float dtype.
         k: number of tokens, 1 to V.
 
     Returns:
-        Log-probabilities [N, k + 1] and token ids [N, k], most probable first. The last log-probability is that of all
-        other tokens together (minus infinity if ``k == V``).
+        Log-probabilities [N, k + 1] and token ids [N, k], most probable first. The last column of the log-probabilities
+        belongs to all other tokens together (minus infinity if ``k == V``). They are computed in fp32
+        (in fp64 for fp64 logits).
     """
     log_probs = _log_softmax(logits)
     top, tokens = log_probs.topk(k, dim=-1)

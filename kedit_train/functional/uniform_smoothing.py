@@ -48,7 +48,8 @@ def uniform(
     but the target is not built.
 
     Args:
-        logits: [N, V] at the positions that predict ``labels``; any float dtype, computed in fp32 (fp64 stays fp64).
+        logits: [N, V] at the positions that predict ``labels``, any float dtype. The loss is computed in fp32 (in fp64
+            for fp64 logits).
         labels: [N] token ids.
         label_weight: weight of the one-hot label in the target, in [0, 1].
         epsilon: clip in nats. A token with a divergence of at most ``epsilon`` has no gradient.

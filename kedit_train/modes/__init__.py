@@ -1,4 +1,4 @@
-"""Editing modes: make edits one by one, all at once, in sequence or as a stream, and find settings for a model."""
+"""The editing modes (single, batch, sequential and streaming), and a search for the best settings for a model."""
 
 from kedit_train.modes.result import Checkpoint, ModeResult, retention_curve
 from kedit_train.modes.runner import run_edits

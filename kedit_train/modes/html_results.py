@@ -19,7 +19,12 @@ def render_table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]],
 
 
 def render_mode_result(result: Any, notes: Sequence[str]) -> str:
-    """Return the retention curve, the table of its values, ``notes``, and the metadata of a ``ModeResult``, as HTML."""
+    """Return a ``ModeResult`` as HTML: the retention curve, the table of its values, the notes, and the metadata.
+
+    Args:
+        result: the result.
+        notes: sentences that explain the table.
+    """
     scores: dict[str, dict[int, Any]] = {}
     for checkpoint in result.checkpoints:
         for name, score in checkpoint.scores().items():
@@ -43,7 +48,7 @@ def render_mode_result(result: Any, notes: Sequence[str]) -> str:
 
 
 def render_tune_result(result: Any, columns: Sequence[str]) -> str:
-    """Return the plot of the trials, the table of the trials, and the metadata of a ``TuneResult``, as HTML.
+    """Return a ``TuneResult`` as HTML: the plot of the trials, the table of the trials, the notes, and the metadata.
 
     Args:
         result: the result.
@@ -69,7 +74,7 @@ def render_tune_result(result: Any, columns: Sequence[str]) -> str:
 
 
 def _points(result: Any) -> list[Point]:
-    """Return the points in drawing order: trials outside the Pareto front, the front, and the held-out run."""
+    """Return the points in drawing order: trials outside the Pareto front, trials on it, and the held-out trial."""
     front, points = result.front, []
     for trial in (*sorted(result.trials, key=lambda trial: trial in front), result.held_out):
         if trial.error or (trial.generality is None and trial.locality is None):

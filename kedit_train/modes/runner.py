@@ -50,7 +50,7 @@ def run_edits(
 ) -> ModeResult:
     """Edit ``model`` in one of four modes. Evaluate the model at checkpoints and after the last edit.
 
-    - "single": each edit is made on the unedited model and evaluated. Then the original weights are restored
+    - "single": each edit is trained alone on the unedited model and evaluated. Then the original weights are restored
       bit for bit. This mode shows the best case of a method, but it leaves no edited model.
     - "batch": all edits are trained together, in one training run.
     - "sequential": several training runs follow each other. Each run trains the next ``edits_per_step`` edits. Previous
@@ -71,20 +71,20 @@ def run_edits(
         tokenizer: the model's tokenizer.
         edits: the edits.
         mode: "single", "batch", "sequential" or "streaming".
-        train: a function ``train(model, edits)`` that changes the model in place. It is called once per schedule step
-            (one training run in the list above).
-            None: :class:`~kedit_train.modes.TrainLoop` with default arguments.
-        edits_per_step: new edits per schedule step, for "sequential" (default 1) and "streaming" (default 100).
-        replay: number of previous edits that "streaming" replays in each step. None: all previous edits.
-        checkpoints: numbers of edits, for "sequential" and "streaming". When a schedule step reaches one of these
-            numbers, the model is evaluated at the end of the step, on all edits that were made until then. The model
-            is always evaluated after the last edit.
+        train: a function ``train(model, edits)`` that changes the model in place. It is called once per training
+            run. In the mode "single", each edit has its own training run. None:
+            :class:`~kedit_train.modes.TrainLoop` with default arguments.
+        edits_per_step: new edits per training run, for "sequential" (default 1) and "streaming" (default 100).
+        replay: number of previous edits that "streaming" replays in each training run. None: all previous edits.
+        checkpoints: numbers of edits, for "sequential" and "streaming". When a training run reaches one of these
+            numbers, the model is evaluated after this run, on all edits that were made until then. The model is always
+            evaluated after the last edit.
         options: what to measure and how to prompt. None: ``EvaluationOptions()``.
         judge: ``judge(answer, accepted) -> bool``, used instead of exact match.
         capability: measures general ability before the edits and at each checkpoint. It must be None for "single".
         wandb_run: the run that ``wandb.init`` returned. ``retention/*`` is logged over the number of edits. At the end,
-            the curve, the answers, the scores by target token and the result (as artifacts) are logged.
-        seed: seed for the replay, for the bootstrap and for torch. Each schedule step sets a torch seed of its own,
+            the curve, the answers and the scores by target token are logged, and the result is saved as artifacts.
+        seed: seed for the replay, for the bootstrap and for torch. Each training run sets a torch seed of its own,
             which is computed from ``seed``. The training does not change torch's random state outside ``run_edits``.
         progress: show progress bars in a terminal.
 
@@ -201,7 +201,7 @@ def _check(
 
 
 def _warn_of_overwritten(edits: EditDataset) -> None:
-    """Warn if a later edit contradicts an earlier edit, because the earlier edit then lowers the scores."""
+    """Warn if a later edit contradicts an earlier edit, because the earlier edit then counts as wrong."""
     if pairs := contradictions(edits):
         earlier, later = (shorten(edits[i].id) for i in pairs[0])
         warn(

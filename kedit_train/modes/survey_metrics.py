@@ -38,8 +38,9 @@ class SurveyMetrics:
         retainability: mean change of accuracy per additional edit in a sequence. The best value is 0.
         scalability: accuracy of edits that are each made alone on the unedited model, minus the accuracy when all edits
             are made at once. The best value is 0.
-        sources: dict from metric name to the mode of the result from which the metric is computed, for example "batch".
-            The value is "single, batch" for a metric that needs two results, and "–" if a needed result is missing.
+        sources: dict from the name of a metric to a mode, for example "batch". The metric is computed from the result
+            of this mode. Scalability needs two results, so its value is "single, batch". The value is "–" if a needed
+            result is missing.
 
     References:
         Wang et al., "Knowledge Editing for Large Language Models: A Survey", arXiv 2310.16218.
@@ -92,7 +93,7 @@ class SurveyMetrics:
         return f"SurveyMetrics({', '.join(f'{row[0]} {row[2]}' for row in self.rows() if row[2] != '–')})"
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the scores: as Markdown if ``path`` ends in ``.md``, as HTML if in ``.html``, otherwise as JSON."""
+        """Write the scores as Markdown (``.md``), HTML (``.html``) or JSON (any other ending of ``path``)."""
         return write_text(path, self)
 
 
@@ -195,11 +196,10 @@ def retainability(accuracy: Mapping[int, float]) -> float:
 
 
 def scalability(single: Report, batch: Report, *, seed: int = 0) -> Score:
-    """Return how much higher the accuracy is if each edit is made alone than if all edits are made at once.
+    """Return the accuracy of single edits minus the accuracy of batch edits.
 
-    The score is the accuracy of edits that are each made alone on the unedited model, minus the accuracy when all edits
-    are made at once. The difference is computed for each edit and then averaged. The score has a bootstrap interval
-    over edits.
+    Single edits are each made alone on the unedited model. Batch edits are all made at once. The difference is computed
+    for each edit and then averaged. The score has a bootstrap interval over edits.
 
     Args:
         single: the report of the mode "single", where each edit is made on the unedited model.

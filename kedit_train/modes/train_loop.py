@@ -38,7 +38,7 @@ class ExampleOptions:
             model is tested once, before its first training, and the decision is printed.
         extra_edits: additional edits to train: a list, or a function ``function(edits) -> list``. The function is
             called once per training, with the edits of this training. ``kedit_train.augmentation.augmentation`` creates
-            such a function. If that function has rewritten targets, the loop trains the edits with these targets. The
+            such a function. It can also rewrite the targets of the edits. The loop then trains the new targets. The
             arguments ``batch_size`` and ``stop_loss`` of :class:`TrainLoop` treat additional edits like all other
             edits.
 
@@ -68,11 +68,11 @@ class TrainLoop:
     Args:
         tokenizer: the model's tokenizer.
         callbacks: callbacks of ``kedit_train.callbacks``, in any order. None: ``ParameterScope`` on one
-            down-projection late in the model. If ``run_edits`` calls this function several times (once per schedule
-            step), the callbacks are reset in each step, and the reference model is the model at the start of the step.
-            There are two exceptions. With ``sequential=True``, ``KLLocality``, ``NullSpace`` and ``LowCurvature`` keep
-            their reference from step to step. With ``anchor="base"`` (the default), ``NormBall`` and ``WeightAnchor``
-            use the weights before the first step.
+            down-projection late in the model. ``run_edits`` may call this function several times. Each call resets
+            the callbacks, and their reference is the model at the start of this call. There are two exceptions. With
+            ``sequential=True``, ``KLLocality``, ``NullSpace`` and ``LowCurvature`` keep what they computed in earlier
+            calls. With ``anchor="base"`` (the default), ``NormBall`` and ``WeightAnchor`` use the weights before the
+            first call.
         epochs: maximum number of passes over the edits.
         batch_size: training examples per optimizer step.
         learning_rate: learning rate of the optimizer.
@@ -138,7 +138,7 @@ class TrainLoop:
             self._train(model, edits)
 
     def append_eos(self, model: nn.Module, edits: Sequence[Edit]) -> EndDecision:
-        """Decide whether targets end with end-of-text, once for each model, and print the decision."""
+        """Return whether targets end with end-of-text. The decision is made and printed once for each model."""
         if model not in self._decisions:
             options = self.examples
             self._decisions[model] = decide_together(

@@ -46,8 +46,9 @@ class WeightBackup:
             before, after = (_describe(tensors.get(name)) for tensors in (self.values, current))
             if before != after:
                 raise EditError(
-                    f"training changed {name} from {before} to {after}, so the model cannot be restored; "
-                    "train the given model in place, and remove adapters after training."
+                    "each tensor must keep its name, shape and dtype, so that the model can be restored, but training "
+                    f"changed {name} from {before} to {after}; train the given model in place, and remove adapters "
+                    "after training."
                 )
         for name, value in self.values.items():
             current[name].copy_(value)

@@ -1,4 +1,4 @@
-"""Counterfactual edits for the bundled model, their probes, and texts and prompts that the edits do not affect."""
+"""Counterfactual edits for the bundled model, and texts and prompts that these edits do not affect."""
 
 from __future__ import annotations
 
@@ -34,13 +34,16 @@ def edits(n: int = EDITS, seed: int = 0) -> list[Edit]:
 
     * ``prompt``: an incomplete sentence that the bundled model was trained to complete with the old answer.
     * ``rephrases``: three other incomplete sentences and two questions about the same fact.
-    * ``locality``: prompts about facts that no edit of the list changes. ``same_subject`` asks about other facts of the
-      edited subject. ``neighbour`` has the wording of ``prompt`` and asks about other subjects for which the
+    * ``locality``: prompts about facts that none of the returned edits changes. ``same_subject`` asks about other facts
+      of the edited subject. ``neighbour`` has the wording of ``prompt`` and asks about other subjects for which the
       old answer is correct. ``unrelated`` asks about other relations of other subjects.
-    * ``portability``: prompts whose answers change with the edit. ``held_out_wording`` has wordings that no training
-      document contains. In ``two_hop``, the edited fact is the first hop. In ``two_hop_last``, it is the second hop.
+    * ``portability``: prompts whose answers change with the edit. ``held_out_wording`` asks about the edited fact in
+      wordings that no training document contains. ``two_hop`` and ``two_hop_last`` ask about facts that follow from two
+      facts, for example about the river of the birthplace of Ada. In ``two_hop``, the edit changes the first of the two
+      facts (the birthplace of Ada). In ``two_hop_last``, it changes the second (the river of this city).
 
-    The probes of an edit depend on all edits of the list. So ``edits(2)`` differs from ``edits(4)[:2]``.
+    The locality and portability prompts of an edit depend on all returned edits. So ``edits(2)`` differs from
+    ``edits(4)[:2]``.
 
     Args:
         n: number of edits. Default: 24, the number of edits that ``EditDataset.load("world")`` loads.
@@ -66,18 +69,22 @@ def edits(n: int = EDITS, seed: int = 0) -> list[Edit]:
 
 
 def locality_texts(exclude: Sequence[Edit], n: int | None = 4096, seed: int = 0) -> list[str]:
-    """Return bundled texts that stay true after the edits, for a locality penalty.
+    """Return texts that stay true after the edits, for a locality penalty.
 
-    Half of the texts have the wording of an edit's prompt but state another fact. Side effects of edits appear first
-    in such texts. A quarter of the texts state one-hop or two-hop facts, in wordings drawn at random from the training
-    documents. A quarter of the texts are training prose. The texts do not state facts that an edit changes, facts that
-    follow from a changed fact, or facts that a probe or rephrase asks about. They contain no evaluation prompt of the
-    edits and no special tokens.
+    The texts are of three kinds:
+
+    * Up to half of the texts state other facts in the wording of an edit's prompt. Side effects of edits appear first
+      in such texts.
+    * A quarter of the texts are training prose, which states no facts.
+    * The remaining texts state one-hop or two-hop facts, in wordings drawn at random from the training documents.
+
+    A fact is left out if an edit changes it, if it follows from a changed fact, or if an evaluation prompt of an edit
+    asks about it. The texts contain no evaluation prompt of the edits and no special tokens.
 
     Args:
-        exclude: the edits. With an empty list, all facts may be stated, so the texts may contain evaluation prompts.
-        n: number of texts to draw. None draws as many texts as possible. Drawn texts that contain an evaluation prompt
-            inside a longer sentence are left out, so the result may have a few texts fewer than ``n``.
+        exclude: the edits. With an empty list, no fact is left out, so the texts may contain evaluation prompts.
+        n: number of texts to draw. None draws as many texts as possible. The result may have a few texts fewer than
+            ``n``, because drawn texts that contain an evaluation prompt inside a longer sentence are left out.
         seed: seed of the random choice.
 
     Raises:
@@ -119,10 +126,10 @@ def locality_texts(exclude: Sequence[Edit], n: int | None = 4096, seed: int = 0)
 
 
 def unaffected(texts: Sequence[str], edits: Sequence[Edit]) -> list[str]:
-    """Leave out the texts about facts that the edits change or ask about, and return the other texts.
+    """Return the texts that are still usable with new edits, for a locality penalty.
 
     A text is left out if it states a fact that an edit changes, a fact that follows from a changed fact, or a fact that
-    a probe or rephrase asks about.
+    an evaluation prompt of an edit asks about.
 
     Args:
         texts: texts that :func:`locality_texts` returned for previous edits.
@@ -150,9 +157,10 @@ def unaffected(texts: Sequence[str], edits: Sequence[Edit]) -> list[str]:
 def other_prompts(exclude: Sequence[Edit], seed: int = 0) -> list[str]:
     """Return prompts about facts that the edits leave unchanged, for a replay buffer.
 
-    There is one prompt per fact, in random order. For about half of the facts with the same relation as an edit, the
-    prompt has the wording of that edit's prompt. For every remaining fact, the wording is drawn at random from the
-    training documents. No prompt asks about an edited subject, or about a fact that :func:`locality_texts` leaves out.
+    There is one prompt per fact, in random order. Some facts have the same relation as an edit. About half of the
+    prompts about these facts have the wording of the edit's prompt. The wordings of all other prompts are drawn at
+    random from the training documents. No prompt asks about an edited subject, or about a fact that
+    :func:`locality_texts` leaves out.
 
     Args:
         exclude: the edits.
@@ -183,9 +191,9 @@ def other_prompts(exclude: Sequence[Edit], seed: int = 0) -> list[str]:
 def _choose(rng: Random, known: World, n: int) -> list[tuple[Fact, str]]:
     """Choose ``n`` facts about different subjects, and a new object for each fact.
 
-    The function cycles through the relations and takes one fact of each relation at a time. The order of the relations
-    is new in each cycle. A relation is left out when its type of subject (person, company or city) has no more subjects
-    that may be edited.
+    The function cycles through the relations, in a new random order in each cycle, and takes one fact of each relation.
+    ``MOST_EDITED`` limits how many subjects of a type (person, company or city) may be edited. When a type reaches its
+    limit, the relations of this type are left out.
     """
     waiting = {kind: shuffled(rng, known.pools[kind]) for kind in MOST_EDITED}
     spare = {kind: len(names) - int(len(names) * MOST_EDITED[kind]) for kind, names in waiting.items()}
@@ -207,8 +215,9 @@ def _choose(rng: Random, known: World, n: int) -> list[tuple[Fact, str]]:
 def _new_object(rng: Random, known: World, fact: Fact, edited: set[Key]) -> str:
     """Choose a new object for a fact, of the same type as the old object.
 
-    If the fact is the first hop of two-hop facts, the second hops are facts about its object. In this case, the second
-    hops of the new object must be unedited, and their answers must differ from those for the old object.
+    A two-hop fact follows from a first fact and from a second fact about the object of the first. If ``fact`` is such a
+    first fact, the new object must change the answer of the two-hop fact: the second fact about the new object must
+    have another answer than the second fact about the old object. In addition, no edit may change this second fact.
     """
     second_hops = [two.via[1] for two in TWO_HOP if two.via[0] == fact.relation]
     for candidate in shuffled(rng, known.pools[BY_NAME[fact.relation].object]):
@@ -281,7 +290,7 @@ def _prompts() -> dict[str, Key]:
 
 
 def _involved(exclude: Sequence[Edit]) -> set[Key]:
-    """Return the keys of all facts that the edits change or ask about, and of facts that follow from changed facts."""
+    """Return the keys of all facts that the edits change or test, and of all facts that follow from changed facts."""
     known, prompts = world(), _prompts()
     edited: set[Key] = set()
     involved: set[Key] = set()
@@ -300,16 +309,16 @@ def _involved(exclude: Sequence[Edit]) -> set[Key]:
 def _statements_with_prompts(
     left: Sequence[Fact], exclude: Sequence[Edit], wordings: Mapping[str, Collection[str]]
 ) -> set[str]:
-    """Return all statements of the facts in ``left`` that contain a prompt of the edits. Letter case is ignored.
+    """Return all texts that state a fact but also contain a prompt of the edits. Letter case is ignored.
 
-    For example, the statement "The river of the birthplace of Ada is ..." contains "The birthplace of Ada is". The
-    prompts of an edit are the prompt that is trained, and all prompts that are used to evaluate the edit.
+    For example, the text "The river of the birthplace of Ada is ..." contains "The birthplace of Ada is". The prompts
+    of an edit are ``edit.prompt`` and the prompts of its evaluation.
 
     Args:
-        left: the facts that stay true after the edits.
+        left: the facts to state, which stay true after the edits.
         exclude: the edits.
-        wordings: dict from relation to wordings. The statements in these wordings are checked too, in addition to the
-            statements in the training documents.
+        wordings: dict from relation to additional wordings. Each fact is stated in these wordings and in the wordings
+            of the training documents.
     """
     # A statement contains a prompt only if both are about the same subject.
     prompts: dict[str, list[str]] = {}

@@ -1,7 +1,7 @@
 """The invented facts of the bundled model, about people, companies and cities, and documents that state the facts.
 
 The same seed gives the same facts on every machine and Python version, because only ``random.Random.random`` is used.
-Python guarantees the sequence of this function.
+Python guarantees that the random numbers of this function stay the same.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ def _hops(facts: dict[Key, Fact], pools: dict[str, tuple[str, ...]]) -> dict[Key
 
 
 def _dealt(rng: Random, answers: Sequence[str], count: int) -> list[str]:
-    """Return ``count`` answers in random order. Any two answers occur equally often, up to a difference of one."""
+    """Return ``count`` answers in random order. The counts of any two answers differ by at most one."""
     return shuffled(rng, [answers[i % len(answers)] for i in range(count)])
 
 

@@ -68,7 +68,7 @@ def recall(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, questions
 
 @torch.no_grad()
 def perplexity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> float:
-    """Return the perplexity per token of texts. The end-of-text tokens are included."""
+    """Return the perplexity of texts: the exponential of the mean loss per token, end-of-text tokens included."""
     total, count = 0.0, 0
     for text in texts:
         ids = torch.tensor([[*tokenizer(text).input_ids, tokenizer.eos_token_id]])

@@ -13,8 +13,8 @@ class Relation:
         name: name of the relation in ids and reports.
         subject: type of the subject, "person", "company" or "city".
         object: type of the answer, a key of ``World.pools``.
-        statements: incomplete sentences from the training documents, which the answer completes. The prompt of an edit
-            is one of these statements.
+        statements: incomplete sentences from the training documents. The answer completes the sentence. The prompt of
+            an edit is one of these statements.
         questions: questions from the training documents. Each question ends with "Answer:".
         held_out: wordings that are in no training document. The last wording is a question.
         via: the two one-hop relations of a two-hop relation, in order. Empty for a one-hop relation.

@@ -89,7 +89,7 @@ def test_examples_that_do_not_open_the_gate_get_one_warning(count):
         (
             lambda: adapted(world.load()[0]),
             lambda e: [PrefixCache(), ParameterScope(3, modules="down_proj")],
-            "the gate of the adapter reads the input of block 2, which would be skipped",
+            "the gate of the adapter reads the input of block 2, but PrefixCache skips all blocks below block 3",
         ),
     ],
 )

@@ -142,7 +142,7 @@ def test_edits_without_subjects_get_a_warning(make, words):
     edit = Edit("w51", "w2")
     with (
         editing(make("llama"), [NullSpace(TEXTS, neighbors=2), ScopeOfEdits([edit])], tokenizer=words) as run,
-        pytest.warns(UserWarning, match="NullSpace: neighbors=2 makes prompts .* but no prompt could be made"),
+        pytest.warns(UserWarning, match="NullSpace: neighbors=2 replaces the subject .* but no prompt could be made"),
     ):
         run.before_step()
 
@@ -150,7 +150,7 @@ def test_edits_without_subjects_get_a_warning(make, words):
 def test_edits_whose_prompt_does_not_contain_their_subject_are_counted(make, words):
     edits = [EDIT, Edit("w52 w53", "w2", subject="w54")]
     message = (
-        r"NullSpace: neighbors=2 makes prompts .*, but in 1 of 2 edits, the prompt does not contain the subject "
+        r"NullSpace: neighbors=2 replaces the subject .*, but in 1 of 2 edits, the prompt does not contain the subject "
         r"\(the first: 'w52 w53'\); set the subj"
     )
     with (

@@ -228,8 +228,8 @@ def test_a_record_of_another_format_is_an_error(tmp_path: Path) -> None:
     stray = GOOD["knowedit"]
     path = write(tmp_path / "f.json", json.dumps([GOOD["counterfact"]] * 2 + [stray]))
     assert raised(path) == (
-        f"{path}, record 3: field 'locality' belongs to the format knowedit, but the file is read in the format "
-        f'counterfact, which most of its records have{REST}, or pass format="counterfact" to read all records as '
+        f"{path}, record 3: field 'locality' belongs to the format knowedit, but most records have the format "
+        f'counterfact{REST}, or pass format="counterfact" to read all records as '
         "counterfact"
     )
 

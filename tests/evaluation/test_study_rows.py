@@ -142,8 +142,8 @@ def test_a_file_for_other_documents_is_an_error(writer: Any, tmp_path: Path) -> 
     with pytest.raises(EditError) as caught:
         study_rows(*writer, [FERRY, Edit(LOCK.prompt, "The lock of Tarn is open.")], path)
     assert str(caught.value) == (
-        f"study_rows: {path} was written for another text of the document 'The lock'; pass the text for which the file "
-        "was written, or give another path."
+        f"study_rows: {path} was written for another version of the document 'The lock'; pass that version, or give "
+        "another path."
     )
     with pytest.raises(EditError, match=r"line 6: document must be the title of a document of the run, got 'The lock'"):
         study_rows(*writer, [FERRY], path)
@@ -174,7 +174,7 @@ def test_a_file_is_read_before_and_after_documents_are_split(
         augment = augmentation(model, tokenizer, read, study=study)
         assert len(augment(read)) == len(whole.rows)
     changed = [*read[:-1], Edit(read[-1].prompt, f"{read[-1].target} It is old.")]
-    with pytest.raises(EditError, match="was written for another text of the document 'The ferry'"):
+    with pytest.raises(EditError, match="was written for another version of the document 'The ferry'"):
         study_rows(model, tokenizer, changed, path)
 
 
@@ -310,7 +310,8 @@ def test_a_lightning_run_splits_documents_and_writes_study_rows(
     assert len(data.edits) == 2
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     trainer = L.Trainer(accelerator="cpu", max_epochs=1, enable_model_summary=False, **quiet)  # type: ignore[arg-type]
-    with pytest.warns(UserWarning, match=r"1 of 2 edits of news have more than 100 tokens and were split; \d edits"):
+    counts = r"1 of 2 edits of news have more than 100 tokens and were split; there are now \d edits"
+    with pytest.warns(UserWarning, match=counts):
         trainer.fit(module, data)
     assert len(data.edits) > 3
     assert data.edits[1].prompt == "long (part 2)\n\n"

@@ -43,15 +43,18 @@ class _Guard:
 
 
 class GuardedLoop(_Guard):
-    """Run the training loop of a ``transformers.Trainer``, with a check before the loop and a cleanup after an error.
+    """Run the training loop of a ``transformers.Trainer``, with checks before the loop and a cleanup after an error.
 
-    An instance replaces the method ``_inner_training_loop`` of one trainer. If the trainer resumes from a checkpoint,
-    the instance checks the checkpoint before the loop begins. If the trainer has a teacher, the instance checks the
-    vocabulary of the teacher. If an exception ends the loop, the instance closes every ``EditRun`` of the trainer. The
-    trainer's events are not enough for three reasons. First, the trainer loads the optimizer state of a checkpoint
-    before the first event of the training. Second, it sends no event if an exception or ^C ends the training. Third, if
-    the trainer resumes from a checkpoint of the last step, and this step is not the end of an epoch, the trainer would
-    take one more step.
+    An instance replaces the method ``_inner_training_loop`` of one trainer, because callbacks of the trainer cannot do
+    the following:
+
+    - If the trainer resumes from a checkpoint, the instance checks the checkpoint before the trainer loads the
+      optimizer state from it. The first event of the training comes later.
+    - If the trainer has a teacher, the instance checks the vocabulary of the teacher before the loop.
+    - If an exception or ^C ends the loop, the instance closes every ``EditRun`` of the trainer. The trainer sends no
+      event in this case.
+    - If the trainer resumes from a checkpoint of the last step, the instance prevents a further step. If the last step
+      is not the end of an epoch, the trainer alone would take one more step.
 
     Args:
         trainer: the trainer.
@@ -87,13 +90,14 @@ class GuardedLoop(_Guard):
 
 
 class GuardedLoad(_Guard):
-    """Load a checkpoint for a ``transformers.Trainer``, and close the runs if this fails.
+    """Load a checkpoint for a ``transformers.Trainer``, and close the edit runs of the trainer if loading fails.
 
     A run (:class:`~kedit_train.core.run.EditRun`) connects the callbacks of one edit to the model. An instance of this
     class replaces the method ``_load_from_checkpoint`` of one trainer, which ``train()`` calls before the training loop
-    begins. The instance first checks whether the state of the edit in the checkpoint fits the runs. If the state does
-    not fit, the instance raises an error of one line, because the error of torch would list every weight whose shape
-    differs. After a failure, the next ``train()`` sets the runs up again before the trainer creates its optimizer.
+    begins. The instance first checks whether the state of the edit in the checkpoint fits the runs. If not, it raises
+    an error of one line. Without this check, torch would raise an error that lists every weight whose shape differs. If
+    the check or the loading fails, the instance closes the runs. The next ``train()`` sets the runs up again, before
+    the trainer creates its optimizer.
 
     Args:
         trainer: the trainer.
@@ -192,7 +196,7 @@ def calling_trainer(control: Any) -> Any | None:
 
 
 def _runs(trainer: Any, closed: bool = False) -> list[Any]:
-    """Return the open runs of the trainer's callbacks, or the closed ones if ``closed`` is True, each run once."""
+    """Return the open runs of the trainer without duplicates, or the closed runs if ``closed`` is True."""
     found = {
         id(run): run
         for callback in trainer.callback_handler.callbacks

@@ -178,9 +178,9 @@ def _check_shapes(module: Any, state: Mapping[str, Any], prefix: str, *_: Any) -
 
 
 def key_figures(metrics: Mapping[str, Any]) -> list[str]:
-    """Return the loss, the reliability and the locality as texts, for a line about the progress of a run.
+    """Format the loss, the reliability and the locality for a line about the progress of a run.
 
-    A figure that is not in ``metrics`` is left out.
+    Of these three, those that are not in ``metrics`` are left out. All other metrics are ignored.
 
     Example:
         >>> key_figures({"loss": 0.05, "edit/reliability": 1.0, "edit/locality/kl": 0.1})

@@ -28,18 +28,18 @@ else:
     class _Placeholder:
         """The only base class of ``LightningCallback`` while Lightning is not imported.
 
-        Python cannot replace the bases of a class that inherits directly from ``object``.
+        ``LightningCallback`` does not inherit directly from ``object``, because Python could not replace this base.
         """
 
     class LightningCallback(_Placeholder):
-        """A ``lightning.pytorch.Callback`` if Lightning is imported, and else a class without methods."""
+        """A ``lightning.pytorch.Callback`` if Lightning is imported, otherwise a class without methods."""
 
 
 class _AfterLightning(MetaPathFinder):
     """An import hook that completes ``LightningCallback`` when Python has executed ``lightning.pytorch``."""
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
-        """Find ``lightning.pytorch`` with the other finders, and add one step to the end of its execution."""
+        """Find ``lightning.pytorch`` with the other import finders, and run ``_complete`` at the end of its import."""
         if name != LIGHTNING:
             return None
         others = [finder for finder in sys.meta_path if finder is not self and hasattr(finder, "find_spec")]

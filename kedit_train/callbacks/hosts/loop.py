@@ -119,7 +119,7 @@ class LoopHost(Host):
         return None
 
     def watch_penalties(self, run: EditRun) -> None:
-        """Record the penalty gradients, and detect changes of these gradients before the backward pass of the loss."""
+        """Record the gradients of the penalties, to detect whether the loop changes them before it adds the loss."""
         self.forget_penalties()
         self.penalty_gradients = [(p, p.grad) for p in run.scope.values() if p.grad is not None]
         for parameter, gradient in self.penalty_gradients:
@@ -210,9 +210,9 @@ class Editing:
         check_scope(run, state)
         if has_other_weights(run, state):
             raise EditError(
-                "the model must have the weights of the checkpoint, but the model's weights in scope are different. To "
-                "resume, call model.load_state_dict() before edit.load_state_dict(), and use the ParameterScope of the "
-                "saved run. To save, call model.state_dict() and edit.state_dict() inside editing()."
+                "the model must have the weights of the checkpoint, got other weights in scope; call "
+                "model.load_state_dict() before edit.load_state_dict(), use the ParameterScope of the saved run, and "
+                "save model.state_dict() and edit.state_dict() together, inside editing()."
             )
         self._host.checkpoint_state = dict(state)
 
@@ -245,7 +245,7 @@ class Editing:
                 self._host.watch_penalties(run)
 
     def _is_pending(self) -> bool:
-        """Return whether a step was begun but not taken, and the gradients of its penalties still exist."""
+        """Return whether the current step has not been taken yet and still has the gradients of its penalties."""
         gradients = self._host.penalty_gradients
         return bool(gradients) and all(p.grad is grad and bool(grad.any()) for p, grad in gradients)
 
@@ -293,7 +293,7 @@ def editing(
         on_log: function that receives ``(metrics, step)``, for example ``wandb.log`` or ``fabric.log_dict``.
         log_every_n_steps: number of optimizer steps between two log events.
         edits: the edits that the loop trains on, for callbacks that were created without edits.
-        epoch_steps: number of optimizer steps in one epoch, for rules of ``StopWhenEdited`` that cover an epoch.
+        epoch_steps: number of optimizer steps in one epoch. ``StopWhenEdited`` needs it for its setting "epoch".
         prompt_format: the prompt format of the training examples: "plain", "chat", "question" or a ``ChatFormat``. None
             means that the format is unknown. Callbacks then assume plain prompts.
 

@@ -1,8 +1,9 @@
 """Load stacked experts from a checkpoint of ``transformers``, because the trainer itself does not load them.
 
-``save_pretrained`` stores the weights of each expert under separate names. ``from_pretrained`` stacks these weights
-again. ``Trainer``, however, loads a checkpoint with ``load_state_dict(strict=False)``. This call skips the
-separate weights, because the model has no parameters with their names.
+Some mixture-of-experts models stack the weights of all experts of a layer in one parameter. ``save_pretrained`` stores
+the weights of each expert under separate names, and ``from_pretrained`` stacks them when it loads a checkpoint.
+``Trainer``, however, loads a checkpoint with ``load_state_dict(strict=False)``. This call skips the separate weights,
+because the model has no parameters with their names.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ from kedit_train.errors import EditError
 
 @torch.no_grad()
 def load_stacked_experts(run: Any, folder: str | Path) -> None:
-    """Load the parameters in scope from a checkpoint that stores the experts in scope under separate names.
+    """Load the parameters in scope from a checkpoint that stores the weights of each expert under separate names.
 
-    If the checkpoint stores no experts in this way, nothing is loaded. Loading needs the memory of a second model in
-    fp32 for a short time.
+    If the scope contains no stacked experts, or the checkpoint does not store separate experts, nothing is loaded.
+    Loading needs the memory of a second model in fp32 for a short time.
 
     Args:
         run: the :class:`~kedit_train.core.run.EditRun` that is resumed.

@@ -17,9 +17,9 @@ def check_teacher_vocabulary(trainer: Any) -> None:
     teacher has no tokenizer on this computer, the tokenizers are not compared.
 
     Args:
-        trainer: a trainer. Only trainers of TRL with a ``teacher_model`` are checked, except GOLD with
-            ``use_uld_loss=True``, which accepts any teacher. Trainers outside of TRL are not checked, because their
-            losses need not compare token ids.
+        trainer: a trainer. It is checked if it is a trainer of TRL with a ``teacher_model``. GOLD with
+            ``use_uld_loss=True`` is not checked, because it accepts any teacher. Trainers outside of TRL are not
+            checked, because they may have a loss that does not compare token ids.
 
     Raises:
         EditError: the vocabularies differ.

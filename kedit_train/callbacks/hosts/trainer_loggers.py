@@ -11,11 +11,12 @@ COLUMNS = {"edit/reliability": "Reliability", "edit/generality": "Generality", "
 
 
 class TrainerLoggers:
-    """The logger callbacks of one trainer, except that of W&B.
+    """The logger callbacks of one trainer. The callback of W&B is left out.
 
     The trainer calls its loggers before the user's callbacks, so a row has no ``edit/*`` metrics when the loggers
-    receive it. :meth:`send` calls the loggers a second time at the same step, with these metrics only. W&B is left out,
-    because :class:`~kedit_train.callbacks.hosts.transformers_host.TransformersHost` logs tables and files there, too.
+    receive it. :meth:`send` calls the loggers a second time at the same step, with these metrics only. W&B does not
+    need this second call, because :class:`~kedit_train.callbacks.hosts.transformers_host.TransformersHost` sends
+    metrics, tables and files to W&B itself.
 
     Args:
         trainer: a ``transformers.Trainer``, or None if the trainer is unknown.
@@ -36,13 +37,14 @@ class TrainerLoggers:
     def add_to_notebook_table(self, args: Any, state: Any, metrics: Mapping[str, float]) -> None:
         """Show the scores of the edits in the table that a trainer displays in a notebook.
 
-        The trainer's ``NotebookProgressCallback`` shows only the loss of a row. With ``eval_strategy``, it also shows
-        the trainer's own evaluations, which contain the scores already.
+        The trainer's ``NotebookProgressCallback`` writes only the loss of a row into this table. This method adds a
+        line with the scores. With ``eval_strategy``, nothing is added, because the table then shows the trainer's own
+        evaluations, which contain the scores.
 
         Args:
             args: the arguments of the trainer.
             state: the state of the trainer.
-            metrics: metrics by key. If they contain no score of :data:`COLUMNS`, nothing is shown.
+            metrics: metrics by key. Only those in :data:`COLUMNS` are shown.
         """
         handler = None if self._handler is None else self._handler()
         scores = {name: round(metrics[key], 3) for key, name in COLUMNS.items() if key in metrics}
@@ -75,8 +77,8 @@ class TrainerLoggers:
             state: the state of the trainer.
             control: the control object of the trainer.
             metrics: metrics by key.
-            last: whether training has ended. At that time, the loggers have ended, too. The metrics are then sent only
-                to TensorBoard, which opens its file again. Another logger would begin a new run.
+            last: whether training has ended. The loggers have then ended their runs, and most of them would begin a new
+                run. Therefore, the metrics are sent only to TensorBoard, which can open its log again.
         """
         from transformers.integrations.integration_utils import TensorBoardCallback
 

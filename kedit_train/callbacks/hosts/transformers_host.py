@@ -29,8 +29,8 @@ STATE_KEY = "kedit_train"
 class TransformersHost(Host):
     """The host for a ``transformers.Trainer`` or a trainer of TRL.
 
-    The owner of the host is the trainer's ``control`` object. The trainer passes this object to every callback, and the
-    object exists as long as the trainer. No other object has both properties.
+    The owner of a host identifies its training loop. The owner of this host is the trainer's ``control`` object,
+    because it is the only object that the trainer passes to every callback and that exists as long as the trainer.
 
     Attributes:
         train_dataloader: the data loader for training. It is set when training begins.
@@ -97,10 +97,13 @@ class TransformersHost(Host):
             check_scope(run, state)
 
     def check_checkpoint(self, run: Any, folder: str) -> None:
-        """Check a checkpoint before the trainer loads the optimizer state, and load the stacked experts in scope.
+        """Load stacked experts from a checkpoint, and check that it contains the optimizer and random states.
 
-        If the checkpoint has no states of the random number generators, a warning is issued. A missing optimizer or
-        scheduler state is an error. If the current run has ``save_only_model=True``, a warning is issued instead.
+        Call this method before the trainer loads the optimizer state. The stacked experts of a mixture-of-experts model
+        are loaded here, because the trainer does not load them (see :func:`load_stacked_experts`).
+
+        A missing optimizer or scheduler state is an error. If the current run has ``save_only_model=True``, it causes
+        only a warning. A missing state of the random number generators always causes only a warning.
 
         Raises:
             EditError: the optimizer or scheduler state is missing, and ``save_only_model`` is False.
@@ -153,7 +156,7 @@ class TransformersHost(Host):
         self.collect_states()
 
     def collect_states(self) -> None:
-        """Move each state file into the checkpoint that it belongs to, and remove files of killed processes."""
+        """Move each state file into its checkpoint, and delete the state files that killed processes left behind."""
         if not self.is_main:
             return
         output = Path(self.args.output_dir)
@@ -287,12 +290,16 @@ class TransformersHost(Host):
     def warn_about_loggers(self) -> None:
         """Warn about loggers of the trainer that do not receive ``edit/*`` metrics.
 
-        W&B receives all rows, tables, charts and files, in the run that the trainer opened. The console, the progress
-        bar and ``trainer.state.log_history`` receive all rows of numbers. Other loggers, such as TensorBoard, trackio,
-        MLflow and Comet, receive the rows of numbers during training (:class:`TrainerLoggers`). In an evaluation, the
-        trainer logs its own metrics first. The scores ``eval_edit_*`` are added to the metrics afterwards, so no logger
-        receives these names. ``metric_for_best_model`` and later callbacks, such as ``EarlyStoppingCallback``, can use
-        these scores.
+        A logger does not receive them if the trainer has no callback for this logger. The others receive them as
+        follows:
+
+        - W&B receives all rows, tables, charts and files, in the run that the trainer opened.
+        - The console, the progress bar and ``trainer.state.log_history`` receive all rows of numbers.
+        - Other loggers, such as TensorBoard, trackio, MLflow and Comet, receive the rows of numbers during training
+          (:class:`TrainerLoggers`).
+
+        No logger receives the scores ``eval_edit_*``, because the trainer logs an evaluation before these scores are
+        added. ``metric_for_best_model`` and later callbacks, such as ``EarlyStoppingCallback``, can use these scores.
         """
         others = self.loggers.unreachable(self.args.report_to)
         if others and self.is_main:

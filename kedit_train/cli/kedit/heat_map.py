@@ -79,7 +79,7 @@ def heat_map(delta: Any, path: Path) -> Path:
 
 
 def _blocks(difference: Tensor) -> Tensor:
-    """Split a matrix into at most 128 x 128 blocks, and return the root mean square of each block.
+    """Split a matrix into a grid of at most 128 x 128 blocks, and return the root mean square of each block.
 
     Every entry of the matrix belongs to a block, so no change is lost.
     """

@@ -95,15 +95,16 @@ def run(args: Namespace) -> int:
 def _relation(cosine: float, weight: float, other_weight: float) -> dict[str, Any]:
     """Classify two deltas by their cosine, and return whether their merge is likely to contain both edits.
 
-    In the result, ``kind`` is the class. ``add`` is True if the merge is likely to contain both edits. It is never True
-    if one of the weights is 0 or negative, because a delta with a negative weight is subtracted.
+    In the result, ``kind`` is the class. ``add`` is True if the merge is likely to contain both edits. It is False if a
+    weight is 0 or negative, because the delta with this weight is then left out or subtracted.
 
     The classes are "irrelevant" (cosine from -0.1 to 0.1), "similar" (above 0.1) and "opposite" (below -0.1). A small
     cosine counts as irrelevant, because the cosine of two random directions in n dimensions is typically about
     1 / sqrt(n) in size. "When is Task Vector Provably Effective for Model Editing?" (arXiv 2504.10957) studies a
-    one-layer Transformer. The paper proves that adding task vectors works for irrelevant and for aligned tasks.
-    However, a cosine above 0.1 does not show that two edits are aligned. Edits that give different answers to the same
-    prompts also have a cosine above 0.1, because their weight changes act on the same layer inputs.
+    one-layer Transformer. The paper proves that adding task vectors works if the tasks are irrelevant to each other or
+    aligned. However, "similar" deltas may belong to edits that are not aligned, so ``add`` is False for them. Edits
+    that give different answers to the same prompts also have a cosine above 0.1, because their weight changes act on
+    the same layer inputs.
     """
     kind = "irrelevant" if abs(cosine) <= 0.1 else "similar" if cosine > 0 else "opposite"
     both = weight > 0 and other_weight > 0

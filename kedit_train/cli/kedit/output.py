@@ -122,7 +122,7 @@ def check_new_folder(path: str) -> None:
 
 @contextmanager
 def naming_models(path: str, meta: Mapping[str, Any], model: str) -> Iterator[None]:
-    """Context manager: begin every error with the delta, the model that the delta was made for, and the given model.
+    """Context manager that names the delta, its base model and the given model at the start of every error message.
 
     Args:
         path: the path of the delta.

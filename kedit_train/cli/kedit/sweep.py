@@ -137,7 +137,11 @@ def _print_points(args: Namespace, points: Sequence[Any], best: Any) -> None:
 
 
 def _sweep(args: Namespace, points: list[Any]) -> Any:
-    """Return the result of the sweep, and append the scores of each coefficient to ``points`` once they are known."""
+    """Evaluate the multiples of the delta, and return the result of the sweep.
+
+    The scores of each multiple are appended to ``points`` as soon as they are computed. If no multiple can be picked,
+    the sweep raises an error, and the caller prints the scores in ``points``.
+    """
     from tqdm import tqdm
 
     from kedit_train.cli.kedit.checkpoints import load_for

@@ -10,13 +10,13 @@ from kedit_train.evaluation.reporting.plots import new_figure, save_figure
 
 
 def sweep_plot(sweep: Sweep, path: str | os.PathLike[str], *, forget: bool = False) -> Path:
-    """Plot reliability and locality over the coefficient, and mark the picked coefficient.
+    """Plot the reliability and the locality of each multiple of a delta, and mark the picked multiple.
 
     Args:
         sweep: the result of :func:`~kedit_train.delta.sweep`.
         path: the PNG file to write.
-        forget: True if the aim of the sweep is to forget. In this case, the curve "reliability" is named "forgotten".
-            It shows the fraction of edits for which the model no longer gives the target.
+        forget: True if the model should forget the targets of the edits. The curve of the reliability is then named
+            "forgotten", and shows the fraction of edits for which the model no longer gives the target.
 
     Raises:
         EditError: matplotlib is not installed, or the path does not end with ``.png``.

@@ -170,7 +170,12 @@ def _built(entry: Any) -> Any:
 
 
 def _check_together(callbacks: list[Any], complete: bool) -> None:
-    """Check that the callbacks can be used together. In the list, None stands for a callback of another package."""
+    """Check that the callbacks of a file can be used together.
+
+    Args:
+        callbacks: the callbacks; None stands for a callback of another package.
+        complete: as for :func:`check`.
+    """
     from kedit_train.callbacks import EditCallback
     from kedit_train.core.requirements import check_conflicts, check_duplicates, check_requirements
 

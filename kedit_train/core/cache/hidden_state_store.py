@@ -54,10 +54,10 @@ class HiddenStateStore:
 
     Args:
         memory_limit: maximum total size of the tensors in memory, in bytes.
-        cache_dir: directory for tensors that no longer fit in memory. A call of :meth:`add` with such tensors writes
-            one safetensors file into a subdirectory that only this process uses. :meth:`close` removes the
-            subdirectory. If a killed process has left a subdirectory behind, the next store removes this subdirectory.
-            With None, tensors that no longer fit in memory are not stored.
+        cache_dir: directory for tensors that no longer fit in memory. Each call of :meth:`add` writes these tensors to
+            one safetensors file, in a subdirectory that only this process uses. :meth:`close` removes the subdirectory.
+            If a process was killed before it removed its subdirectory, a later store removes the subdirectory. With
+            None, tensors that no longer fit in memory are not stored.
 
     Attributes:
         memory_bytes: bytes in memory now.
@@ -127,8 +127,8 @@ class HiddenStateStore:
     def _touch(self) -> None:
         """Set the directory's modification time to now, so that no other process removes the directory.
 
-        A process in another container or on another host cannot see that this process is running. The other
-        process removes the directory if the modification time of the directory is more than a day ago.
+        A process in another container or on another host cannot see whether this process is still running. It assumes
+        that this process has ended if the directory was not modified for more than a day, and removes the directory.
         """
         if self._directory is not None and time.time() - self._touched > _HOUR:
             self._touched = time.time()

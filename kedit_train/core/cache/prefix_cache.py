@@ -36,8 +36,8 @@ class _Call:
         hidden: the hidden states [B, S, d] if the frozen layers are skipped, None if they run.
         random_states: the states of the random generators at the start of the forward pass.
         started: the time at the start of the forward pass.
-        stored: the stored hidden states, if the layers run only to compare their output with these hidden states;
-            otherwise None.
+        stored: the hidden states from the store if this forward pass checks them, that is, compares them with the
+            output of the frozen layers. Otherwise None.
     """
 
     sequences: SequenceBatch
@@ -56,9 +56,9 @@ class FrozenPrefix:
         store: keeps hidden states [tokens, d] for each sequence, in the dtype of the layer outputs.
         recheck: after this number of batches with skipped layers, all layers run for one batch, and the output of the
             frozen layers for that batch is compared with the store. 0 disables the comparison.
-        ignores_padding: function that returns True if nothing reads the hidden states of padding in the current
-            forward pass. It is called only for forward passes without labels. If there are labels, they show whether
-            the loss reads the hidden states of padding.
+        ignores_padding: function that returns True if the hidden states of padding are not used in the current forward
+            pass. The result is used only for a forward pass without labels. Otherwise, the labels show whether the loss
+            uses the hidden states of padding.
 
     Attributes:
         active: the hooks do nothing until this is True.
@@ -123,8 +123,8 @@ class FrozenPrefix:
             forward: runs the model once and returns its logits [B, S, V].
 
         Raises:
-            EditError: no batch can be cached, or the logits differ. The logits differ if a later module reads the
-                hidden states and also something else that the frozen layers have computed.
+            EditError: no batch can be cached, or the logits differ. The logits can differ because the store contains
+                only the output of the frozen layers, but a later module may also read other values that they compute.
         """
         own_store, self.store = self.store, HiddenStateStore(1 << 30)
         expected, served_before = forward(), self.served
@@ -339,7 +339,7 @@ def _pass_on(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
 
 
 def _random_states(device: torch.device) -> list[Tensor]:
-    """Return the state of the CPU's random generator and, for a CUDA device, the state of its own generator."""
+    """Return the state of the CPU's random generator and, for a CUDA device, the state of the device's generator."""
     states = [torch.get_rng_state()]
     if device.type == "cuda":
         states.append(torch.cuda.get_rng_state(device))

@@ -146,11 +146,11 @@ class SequenceBatch:
     shape: torch.Size
 
     def without_padding(self, hidden: Tensor) -> Tensor:
-        """Return the hidden states of a batch with zeros at padding. Cached hidden states have the same zeros.
+        """Return the hidden states of a batch with zeros at padding, as in a batch from the cache.
 
-        Without these zeros, the results of a mixture of experts could differ in the last bits between a batch that is
-        computed and the same batch from the cache. The router also assigns padding to experts, so the values at padding
-        decide how many rows each expert multiplies. The last bits of an expert's results can depend on this number.
+        In a mixture of experts, the router also assigns padding to experts. So the values at padding decide how many
+        rows an expert multiplies, and the last bits of the expert's results can depend on the number of rows. With
+        zeros at padding, a batch that is computed and the same batch from the cache give the same results.
         """
         padding = torch.ones(hidden.shape[:2], dtype=torch.bool)
         for row, span in zip(padding, self.spans, strict=True):
@@ -168,7 +168,7 @@ def read_sequences(
     Args:
         inputs: the arguments of the call by name, including ``input_ids`` [B, S] and without None values.
         labels: the labels [B, S] that the language model received, or None if the labels are unknown.
-        ignores_padding: True if nothing reads the hidden states of padding. This value is used only if the labels are
+        ignores_padding: True if the hidden states of padding are not used. This value matters only if the labels are
             unknown.
         config: the configuration of the backbone.
         mode: bytes that describe all other settings that change the hidden states.

@@ -16,12 +16,13 @@ Anchor = Literal["base", "previous"]
 
 
 class AnchorWeights:
-    """Stores the value that each weight in the scope had before the first run or before the current run.
+    """Stores the anchor of each weight in the scope: an earlier value, from which the weight change is measured.
+
+    The stored values are deleted when a run trains another model.
 
     Args:
-        anchor: "base" keeps the value that a weight had before the first run that trained the weight. "previous"
-            replaces the stored value in every run by the value that the weight had before that run. In both cases, the
-            stored values are deleted when a run trains another model.
+        anchor: "base" or "previous". With "base", the anchor is the value of the weight before the first run that
+            trained the weight. With "previous", the anchor is the value of the weight before the current run.
     """
 
     def __init__(self, anchor: Anchor) -> None:
@@ -66,7 +67,7 @@ class AnchorWeights:
         """Store the values of new weights, and move all stored values to the device of the weights.
 
         A new weight is a weight that has no stored value. Do not call this method before the first optimizer step,
-        because another callback may change the reference values until then.
+        because other callbacks may still change ``reference`` before this step.
 
         Args:
             weights: name -> weight, possibly sharded (FSDP2). The value of a sharded weight is sharded in the same way.
@@ -89,8 +90,8 @@ class AnchorWeights:
     def state(self) -> dict[str, Tensor]:
         """Return the values that earlier runs have stored, for a checkpoint.
 
-        Values that were stored in the current run are left out. These values are the reference values of the run, and
-        the checkpoint already contains the reference values.
+        Values that were stored in the current run are left out, because the checkpoint already contains them as the
+        reference weights of the run.
         """
         earlier = {name: w for name, w in self._weights.items() if w is not self._reference.get(name)}
         return {name: w.full_tensor() if isinstance(w, DTensor) else w for name, w in earlier.items()}

@@ -1,4 +1,4 @@
-"""Compute the statistics of texts that callbacks use (K-FAC factors), or read them from a file."""
+"""Compute the K-FAC factors of a model on texts, or read the factors from a file. Several callbacks need them."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ def factors_of_texts(
         seed: seed of the sampled labels.
         batch_size: sequences per forward and backward pass.
         path: a ``.safetensors`` file. It is read if it exists, and written otherwise. None uses no file.
-        inputs_only: whether to leave out the factors of the gradients, which need a backward pass. The model then need
-            not be a causal language model.
+        inputs_only: whether to compute only the factors of the layer inputs. The factors of the gradients need a
+            backward pass and a causal language model; the factors of the inputs need neither.
         skip_first: whether to leave out the first token of every sequence.
 
     Raises:

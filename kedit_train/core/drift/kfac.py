@@ -33,7 +33,7 @@ class KFACFactors:
     gradients: dict[str, SecondMoment]
 
     def __add__(self, other: KFACFactors) -> KFACFactors:
-        """Return the factors over the tokens of both objects together. Every token counts equally."""
+        """Return the factors for the tokens of ``self`` and ``other`` together. Every token counts equally."""
         return KFACFactors(
             {name: moment + other.inputs[name] for name, moment in self.inputs.items()},
             {name: moment + other.gradients[name] for name, moment in self.gradients.items()},
@@ -100,7 +100,7 @@ def kfac_factors(
             attention sink, whose activations are so large that they would dominate the factors.
 
     Returns:
-        The factors. Their output gradients are gradients of the sum of the cross-entropy over tokens, not of its mean.
+        The factors. The loss for their ``gradients`` is the sum of the cross-entropy over the tokens, not the mean.
 
     Raises:
         EditError: a layer was never called, does not receive one vector per token, or is the output head.
@@ -154,7 +154,13 @@ def kfac_factors(
 
 
 def _loss_on_sampled_labels(head: OutputHead, batch: Batch, uniform: Tensor) -> Tensor:
-    """Return the summed cross-entropy with sampled labels; ``uniform`` [tokens] has one random number per label."""
+    """Sample one label per token from the model's predictions, and return the summed cross-entropy with these labels.
+
+    Args:
+        head: the output head of the model.
+        batch: the batch on which the model runs.
+        uniform: [tokens], one random number between 0 and 1 per token, which selects the label.
+    """
     assert isinstance(batch.inputs, Mapping)
     hidden = head.hidden(**batch.inputs)[batch.inputs["attention_mask"].bool()]
 

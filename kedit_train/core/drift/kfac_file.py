@@ -1,4 +1,7 @@
-"""Write and read a file of K-FAC factors, which is valid for one model, one set of texts and one label seed."""
+"""Write K-FAC factors to a file, and read them again.
+
+A file can be used only with the model, the texts and the label seed for which its factors were computed.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Find the LoRA factors to which a projection of the weight change applies."""
+"""Find LoRA adapters for which a projection of the weight change needs to project only the A factor."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from kedit_train.errors import EditError
 def lora_pairs(run: EditRun, layers: Mapping[str, LinearLayer]) -> dict[str, str]:
     """Find the LoRA adapters whose two factors A and B are both in the scope.
 
-    If B is zero at the start, training changes the weight by ``B A``. Each row of ``B A`` is a linear combination of
-    the rows of A. If a projection keeps the rows of A in a subspace, the rows of ``B A`` are in this subspace too. So
-    it is enough to project A.
+    In such an adapter, B must be zero at the start, so that training changes the weight by ``B A``. Each row of ``B A``
+    is a linear combination of the rows of A. To keep the rows of the weight change in a subspace, it is therefore
+    enough to keep the rows of A in this subspace.
 
     Returns:
         A dict from the name of each A factor to the name of its B factor.

@@ -27,9 +27,9 @@ class Batch:
     Attributes:
         inputs: keyword arguments as a mapping, or positional arguments as a tuple.
         mask: [batch, sequence] bool, True for real tokens. None if there is no padding.
-        counted: whether statistics are computed from the batch. False for an additional batch, on which the model runs
-            only so that every process calls the model equally often. If one process called it less often, FSDP2 would
-            wait forever.
+        counted: whether the batch is part of the statistics. A process with fewer batches than the others gets
+            additional batches that are not counted. With FSDP2, every process must call the model equally often.
+            Otherwise, the processes would wait for each other forever.
     """
 
     inputs: tuple[Any, ...] | Mapping[str, Any]

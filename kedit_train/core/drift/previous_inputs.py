@@ -1,4 +1,4 @@
-"""Keep the layer inputs on the edits of earlier runs, so that a later run can preserve the outputs for these edits."""
+"""Store statistics of the layer inputs on earlier edits, so that later runs can preserve the outputs for them."""
 
 from __future__ import annotations
 
@@ -12,15 +12,18 @@ Moments: TypeAlias = dict[str, SecondMoment]
 
 
 class PreviousInputs:
-    """The edits of earlier runs, and, for each weight, the second moment of the layer inputs on all these edits.
+    """The edits of earlier runs, and the second moments of the layer inputs on these edits.
 
-    Before a run, only the edits of the previous run are read. The second moments of the layer inputs on these edits are
-    added to the moments of all earlier edits. The cost of a run therefore does not grow with the number of earlier
-    edits. If the scope has several layers, later runs slightly change the inputs of the upper layers, and the moments
-    of earlier edits are not measured again.
+    Before each run, the model reads only the edits of the run before it. The second moments of the layer inputs on
+    these edits are added to the stored moments. The cost of a run therefore does not grow with the number of earlier
+    edits. There is one exception: If the new run has the same prompt as an earlier edit in the stored moments, the
+    moments of all other earlier edits are computed again.
+
+    If the scope has several layers, the stored moments of the upper layers are approximate. Each later run slightly
+    changes the inputs of these layers, but the stored moments are not updated.
 
     Args:
-        edits: edits that count as earlier edits from the beginning.
+        edits: edits that the first run already preserves.
 
     Attributes:
         edits: the earlier edits. A later edit with the same prompt replaces the earlier edit.
@@ -32,11 +35,12 @@ class PreviousInputs:
         self._moments: Moments = {}
 
     def moments(self, current: Sequence[Edit], measure: Callable[[list[Edit]], Moments]) -> Moments:
-        """Return the second moments of the inputs on all earlier edits whose prompt is not edited again.
+        """Return the second moments of the layer inputs on all earlier edits that ``current`` does not replace.
 
         Args:
-            current: the edits of the run that begins.
-            measure: returns the second moments of the inputs on some edits, for the model as it is now.
+            current: the edits of the new run. They replace earlier edits with the same prompts.
+            measure: a function that runs the current model on a list of edits, and returns the second moments of the
+                layer inputs.
 
         Returns:
             weight -> second moment, or an empty dict if there are no earlier edits to preserve.
@@ -52,7 +56,7 @@ class PreviousInputs:
         return self._moments
 
     def finish(self, current: Sequence[Edit]) -> None:
-        """Add the edits of a run that has ended. Their inputs are measured before the next run."""
+        """Remember the edits of a finished run as earlier edits. The next call of :meth:`moments` measures them."""
         self.edits = [*self._kept(current), *current]
 
     def _kept(self, current: Sequence[Edit]) -> list[Edit]:

@@ -28,7 +28,7 @@ from kedit_train.functional.precision import full_precision, wide
 
 
 class _AllInputsSeen(Exception):
-    """Stop a forward pass, because the inputs of all layers have been seen."""
+    """An exception that ends a forward pass when the inputs of all layers have been recorded."""
 
 
 @dataclass

@@ -1,1 +1,1 @@
-"""The gate of an adapter: where and how it opens, its keys, and its file."""
+"""The gate of a LoRA adapter: a rule that lets the adapter act only on some inputs."""

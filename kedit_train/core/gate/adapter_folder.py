@@ -1,4 +1,7 @@
-"""Save a gated adapter with its tokenizer in a folder, and replace only files of an earlier gated adapter there."""
+"""Save a gated adapter with its tokenizer in a folder.
+
+If the folder contains an earlier gated adapter, the files of the earlier adapter are replaced. All other files stay.
+"""
 
 from __future__ import annotations
 
@@ -39,8 +42,8 @@ def save_adapter(model: Any, tokenizer: Any, folder: Path) -> None:
 
     A new folder appears in one step, with all files. In an existing folder, each file is replaced atomically, and the
     gate is replaced last. A file of the earlier adapter is deleted if the new adapter has no file of this name. All
-    other files stay. If the process is killed between two files, the gate does not match the adapter, and loading the
-    folder raises an error.
+    other files stay. If the process is killed after some of the files were replaced, the gate does not match the
+    adapter, and loading the folder raises an error.
 
     Args:
         model: a ``PeftModel`` with a gate.
@@ -79,7 +82,12 @@ def remove_stale_gate(model: Any, folder: str | os.PathLike[str]) -> None:
 
 
 def _write(model: Any, tokenizer: Any, folder: Path) -> list[str]:
-    """Write all files to a new folder, and return the names of all files except the gate."""
+    """Write the adapter, the tokenizer and the gate to a new folder.
+
+    Returns:
+        The names of the files of the adapter and the tokenizer, without the gate. The gate file stores this list, so
+        that a later save can delete these files.
+    """
     model.save_pretrained(str(folder))
     tokenizer.save_pretrained(str(folder))
     files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
@@ -91,7 +99,10 @@ def _write(model: Any, tokenizer: Any, folder: Path) -> list[str]:
 def _check_inside(folder: Path, name: str) -> None:
     """Raise an error if a file of an adapter would lie outside of its folder, for example behind a symbolic link."""
     if not (folder / name).parent.resolve().is_relative_to(folder.resolve()):
-        raise EditError(f"{folder / name} lies outside of the folder; choose a new folder for the gated adapter.")
+        raise EditError(
+            f"the path of the adapter file {name!r} leads out of {str(folder)!r} through a link or '..'; choose a new "
+            "folder for the gated adapter."
+        )
 
 
 def _is_gated(folder: Path) -> bool:

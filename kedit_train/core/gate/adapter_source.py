@@ -81,14 +81,15 @@ def adapted_base(name: str) -> str | None:
 
 
 def check_not_gated(model: Any) -> None:
-    """Check that a model may be trained.
+    """Check that a model is not a gated adapter. Gated adapters cannot be trained again.
+
+    The keys of a gate are valid only for the weights with which they were computed.
 
     Args:
         model: a model, a folder, or a name on the hub.
 
     Raises:
-        EditError: the model is a gated adapter. The keys of its gate are valid only for the weights with which they
-            were computed.
+        EditError: the model is a gated adapter.
     """
     name = model if isinstance(model, str) else None
     if find_gate(model) is not None or (name is not None and gated_folder(name) is not None):

@@ -1,4 +1,4 @@
-"""Check that the model computes the same as the unedited model while its gate is closed."""
+"""Check before the training that a model with a closed gate computes the same as the unedited model."""
 
 from __future__ import annotations
 
@@ -47,9 +47,8 @@ def check_scope(run: EditRun, adapted: AdaptedLayers) -> None:
 def check_no_randomness(run: EditRun, adapted: AdaptedLayers) -> None:
     """Check that the model computes the same hidden states in training and in evaluation mode.
 
-    This also finds dropout and noise that the code of the model adds by calling functions. Such calls are visible
-    neither in the modules nor in the configuration. A resumed run is not checked again, because it was checked when it
-    began.
+    This also finds dropout and noise that appear neither in the modules nor in the configuration, for example calls of
+    ``F.dropout``. A resumed run is not checked again, because it was checked when it began.
 
     Raises:
         EditError: the hidden states differ.
@@ -72,7 +71,9 @@ def check_no_randomness(run: EditRun, adapted: AdaptedLayers) -> None:
 
 
 def check_unused(run: EditRun, adapted: AdaptedLayers) -> None:
-    """Check that the adapter does not change the model yet. A resumed run was checked when it began.
+    """Check that the untrained adapter does not change the output of the model.
+
+    A resumed run is not checked again, because it was checked when it began.
 
     Raises:
         EditError: a B factor is not zero.

@@ -1,4 +1,7 @@
-"""Gate: let a LoRA adapter act in a row only from the first position whose hidden state is near a stored key."""
+"""Gate: compare hidden states with stored keys, and let a LoRA adapter act from the first match on.
+
+A position matches if its hidden state is near a key. Each row of a batch has its own first match.
+"""
 
 from __future__ import annotations
 
@@ -58,10 +61,10 @@ class Gate:
     """Stored keys that decide where a LoRA adapter acts.
 
     The hidden states that enter one decoder block are compared with the keys. This block is the first block with an
-    adapter, or an earlier one, so the decision depends only on the model without the adapter. In each row, the adapter
-    acts from the first position whose hidden state lies within the radius of a key. Before this position, each adapted
-    layer returns the output of its base layer itself, so the model computes bit for bit what it computes without
-    adapter.
+    adapter, or an earlier one, so the decision depends only on the model without the adapter. Each key has a radius. In
+    each row, the adapter acts from the first position whose hidden state lies within the radius of a key. Before this
+    position, each adapted layer returns the unchanged output of its base layer, so the outputs of the model are bit for
+    bit those of the model without the adapter.
 
     The decision for a token depends only on this token and the tokens before it. With a key-value cache, the decision
     is kept in the cache.
@@ -152,7 +155,11 @@ class Gate:
 
     @contextmanager
     def opened_at(self, is_open: Tensor) -> Iterator[None]:
-        """Context manager: open the gate at these positions [rows, positions], for calls of single layers."""
+        """Context manager: set where the gate is open while a single adapted layer is called on its own.
+
+        Args:
+            is_open: whether the gate is open at each position, [rows, positions], bool.
+        """
         own = self._pass
         before, own.open = own.open, is_open
         try:
@@ -183,9 +190,9 @@ class Gate:
             own.open = opened_from(near & own.real.to(near.device), own.before.to(near.device))
 
     def _mark(self, block: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Remember the state of the gate for the input of a block.
+        """Attach the state of the gate to the hidden states that enter a block.
 
-        Gradient checkpointing needs this state to recompute the block.
+        Gradient checkpointing recomputes the block from these hidden states, and needs the same state of the gate.
         """
         hidden = block_input(args, kwargs)
         if hidden is not None and self._pass.open is not None and self._pass.real is not None:
@@ -213,7 +220,10 @@ class Gate:
                 'gradient checkpointing, set gradient_checkpointing_kwargs={"use_reentrant": False}.'
             )
         if base is None:
-            raise EditError(f"{type(layer).__name__} did not call its base layer, so a gate cannot switch its output.")
+            raise EditError(
+                f"{type(layer).__name__} did not call its base layer, so a gate cannot switch the output of this "
+                "layer; use another version of peft."
+            )
         if output.shape[:-1] != is_open.shape:
             raise EditError(
                 f"the output of {type(layer).__name__} has the shape {list(output.shape)}, but a gate needs outputs of "

@@ -1,8 +1,8 @@
-"""Keep the state of a gate in the key-value cache, so that every operation on the cache also changes this state.
+"""Store in the key-value cache of a gated model where the gate is open.
 
-The state is one more layer of the cache. Its tensor ``keys`` stores for each row and each cached position whether the
-gate is open. Beam search, the selection of rows, copies and the removal of the last tokens then treat the state like
-keys and values.
+The state of the gate is one more layer of the cache. The tensor ``keys`` of this layer contains one bool for each row
+and each cached position: whether the gate is open. Beam search, and code that selects rows, copies the cache or removes
+the last tokens, change this layer like every other layer, so the state always fits the cached tokens.
 """
 
 from __future__ import annotations
@@ -23,14 +23,16 @@ class _GateLayer(DynamicLayer):
 def open_before(cache: Any, rows: int, device: torch.device) -> Tensor:
     """Return for each row whether the gate is open at the last cached position, [rows], bool.
 
+    If nothing is cached, the gate is closed in every row.
+
     Args:
         cache: the ``past_key_values`` of a forward call, or None.
         rows: the number of rows of the batch.
         device: the device of the result.
 
     Raises:
-        EditError: the cache is not usable: it is no ``Cache`` of transformers, it has a fixed size, it is offloaded, or
-            it contains tokens that the gated model has not read.
+        EditError: the cache is not a ``Cache`` of transformers, has a fixed size, is offloaded, or contains tokens that
+            the gated model has not read.
     """
     closed = torch.zeros(rows, dtype=torch.bool, device=device)
     if cache is None:
@@ -61,11 +63,11 @@ def open_before(cache: Any, rows: int, device: torch.device) -> Tensor:
 
 
 def add_open(cache: Any, is_open: Tensor) -> None:
-    """Append the state of new positions to a cache.
+    """Append to a cache whether the gate is open at the new positions.
 
     Args:
         cache: the cache after the forward call. If it is not a ``Cache``, nothing is appended.
-        is_open: [rows, positions], bool.
+        is_open: whether the gate is open at each new position, [rows, positions], bool.
     """
     if not isinstance(cache, Cache):
         return

@@ -24,8 +24,8 @@ class SavedGate(NamedTuple):
     """The contents of a gate file.
 
     Attributes:
-        keys: [keys, hidden].
-        radii: [keys].
+        keys: the stored hidden states that open the gate, [keys, hidden].
+        radii: the radius of each key, [keys]. A hidden state within the radius of a key opens the gate.
         layer: index of the decoder block whose inputs are compared with the keys.
         files: the files that :func:`~kedit_train.core.gate.adapter_folder.save_adapter` wrote next to the gate.
     """
@@ -51,16 +51,18 @@ def save_gate(gate: Any, folder: str | os.PathLike[str], files: list[str] | None
     """
     weights = _adapter_hash(folder)
     if weights is None:
-        raise EditError(f"{folder} must contain {WEIGHT_FILES[0]} before its gate is saved; save the adapter there.")
+        raise EditError(
+            f"a gate can only be saved next to its adapter, but {folder} contains no {WEIGHT_FILES[0]}; save the "
+            "adapter in this folder first."
+        )
     metadata = {"format": _FORMAT, "layer": gate.layer, "adapter_sha256": weights, "files": files or []}
     return save_tensors(Path(folder) / GATE_FILE, {"keys": gate.keys, "radii": gate.radii}, metadata, kind=_KIND)
 
 
 def has_gate(folder: str | os.PathLike[str]) -> bool:
-    """Return whether a folder contains a gate.
+    """Return whether a folder contains a gate file.
 
-    If the name of the gate file belongs to a folder or to a broken link, the result is also True, and reading the gate
-    raises an error.
+    The result is also True if ``gate.safetensors`` is a folder or a broken link. Reading the gate then raises an error.
     """
     return os.path.lexists(Path(folder) / GATE_FILE)
 
@@ -70,10 +72,11 @@ def read_gate(folder: str | os.PathLike[str], *, other_adapter: bool = False) ->
 
     Args:
         folder: the folder of the adapter.
-        other_adapter: True also reads a gate that was saved with other adapter weights than those in the folder.
+        other_adapter: whether to read the gate without checking that it belongs to the adapter weights in the folder.
 
     Raises:
-        EditError: the file is missing, damaged, of a newer format, or was saved with other adapter weights.
+        EditError: the file is missing, damaged or of a newer format. If ``other_adapter`` is False, an error is also
+            raised if the gate does not belong to the adapter weights in the folder, or if there are no such weights.
     """
     path = Path(folder) / GATE_FILE
     # The tensors are copied, because the folder may be replaced while the model is in use.
@@ -89,8 +92,8 @@ def read_gate(folder: str | os.PathLike[str], *, other_adapter: bool = False) ->
         raise EditError(f"{folder} has a gate, but no adapter weights ({WEIGHT_FILES[0]}); save the adapter again.")
     if not other_adapter and metadata.get("adapter_sha256") != weights:
         raise EditError(
-            f"{path} was saved with other adapter weights than those in this folder; save the gated adapter again, or "
-            "delete this file if the adapter was trained without a gate."
+            f"{path} is the gate of other adapter weights, not of those in this folder; save the adapter together with "
+            f"its gate again, or delete {GATE_FILE} if the adapter was trained without a gate."
         )
     files = metadata.get("files")
     return SavedGate(keys, radii, layer, [str(name) for name in files] if isinstance(files, list) else [])

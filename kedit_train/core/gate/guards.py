@@ -1,4 +1,4 @@
-"""Check that a gate switches the output of its layers, and raise errors for calls that would lose the gate."""
+"""Check that a gate switches the adapter on and off, and raise errors for calls that would lose the gate."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ ALREADY_GATED = (
 
 
 def find_gate(model: Any) -> Any:
-    """Return the gate that is installed on a model, or None. The gate may be inside of several PEFT models."""
+    """Return the gate that is installed on a model, or None. The model may be wrapped in several PEFT models."""
     while hasattr(model, "get_base_model"):
         model = model.get_base_model()
     return getattr(model, "__dict__", {}).get(GATE)
@@ -39,19 +39,21 @@ def find_gate(model: Any) -> Any:
 def check_not_gated_before(run: RunState) -> None:
     """Check that a new run does not train a model that already has a gate.
 
-    A resumed run is not checked, because it replaces the gate.
+    Where this gate is closed, the adapter does not act and would get no gradient. A run that resumes an interrupted run
+    is not checked, because it replaces the gate of the interrupted run.
 
     Raises:
-        EditError: the model has a gate. Examples for which this gate is closed would have no gradient.
+        EditError: the model has a gate.
     """
     if not run.host.resumed and find_gate(run.model) is not None:
         raise EditError(ALREADY_GATED, component=type(run.callbacks[0]).__name__)
 
 
 def check_not_gated_and_frozen(run: RunState) -> None:
-    """Check that the model is not a loaded gated adapter, because the optimizer would get no parameters.
+    """Check that the model is not a gated model whose adapter is frozen.
 
-    The model of an interrupted run has a gate, too, but its adapter can be trained.
+    A gated adapter is frozen when it is loaded, so the optimizer would get no parameters. The model of an interrupted
+    run also has a gate, but passes this check, because its adapter is not frozen.
 
     Raises:
         EditError: the model has a gate, and none of its parameters requires gradients.
@@ -64,16 +66,17 @@ def check_not_gated_and_frozen(run: RunState) -> None:
 def check_switches(gate: Any, adapted: AdaptedLayers) -> None:
     """Check that each adapted layer returns the output of its base layer only where the gate is closed.
 
-    Each layer reads one row of two random positions, with the gate closed at the first and open at the second. Random
-    factors replace those of the adapter in this call, because the B factor of a new adapter is zero. No weight is
-    changed. A later release of PEFT may compute the output in another way. This check then raises an error.
+    The check detects releases of PEFT that compute the output of a layer in another way. The input of each layer is one
+    row of two random positions. The gate is closed at the first position and open at the second. A new adapter has a B
+    factor of zero, so it would not change the output. The layer is therefore called with random factors. The weights of
+    the adapter do not change.
 
     Args:
         gate: a :class:`~kedit_train.core.gate.gate.Gate` whose hooks are installed.
-        adapted: the adapted layers of its model.
+        adapted: the adapted layers of the gated model.
 
     Raises:
-        EditError: the gate does not switch a layer.
+        EditError: a layer returns the wrong output at one of the two positions.
     """
     generator = torch.Generator().manual_seed(0)
 
@@ -97,18 +100,19 @@ def check_switches(gate: Any, adapted: AdaptedLayers) -> None:
             import peft
 
             raise EditError(
-                f"the gate does not switch the output of {type(own).__name__} (peft {peft.__version__}), so it would "
-                "have no effect; make sure that the adapter is enabled, or use another version of peft."
+                f"the gate does not switch the output of {type(own).__name__} between the base layer and the adapter "
+                f"(peft {peft.__version__}); make sure that the adapter is enabled, or use another version of peft."
             )
 
 
 def guard(model: Any) -> None:
-    """Let a gated model save its gate together with the adapter, and raise errors for calls that do not fit a gate.
+    """Replace methods of a gated model, so that the gate is saved with the adapter and cannot be lost.
 
-    These calls merge or delete the adapter, add a second adapter, or pass ``adapter_names=``.
+    ``save_pretrained`` then also saves the gate. Calls that merge or delete the adapter, add a second adapter, or pass
+    ``adapter_names=`` raise an error.
 
     Args:
-        model: a ``PeftModel`` with a gate. :func:`unguard` removes what this function adds to it.
+        model: a ``PeftModel`` with a gate. :func:`unguard` restores its methods.
     """
     model.__dict__["save_pretrained"] = partial(_save_pretrained, model)
     for name in _MERGING:
@@ -120,7 +124,7 @@ def guard(model: Any) -> None:
 
 
 def unguard(model: Any) -> None:
-    """Remove what :func:`guard` added to a model."""
+    """Restore the methods that :func:`guard` has replaced."""
     for name in ("save_pretrained", "add_adapter", _DELETE):
         model.__dict__.pop(name, None)
     for name in (*_MERGING, _DELETE, _NAMES):
@@ -136,7 +140,7 @@ def _save_pretrained(model: Any, save_directory: Any, *args: Any, **kwargs: Any)
 
 
 def _hooks_without_names(model: Any, *args: Any, **kwargs: Any) -> Any:
-    """Raise an error before PEFT adds its hooks. If the error came later, the hooks would stay on the model."""
+    """Refuse ``adapter_names=`` before PEFT adds its hooks. After a later error, the hooks would stay on the model."""
     if kwargs.get("adapter_names") is not None:
         raise EditError(NO_NAMES)
     return getattr(type(model), _NAMES)(model, *args, **kwargs)

@@ -1,4 +1,8 @@
-"""Compute the keys of a gate and their radii from prompts and held texts."""
+"""Compute the keys of a gate, and the distance of each key to the hidden states of the held texts.
+
+A key is the hidden state of the last token of a prompt. Held texts are texts on which the predictions of the model
+should not change. ``GatedAdapter`` computes the radius of a key from its distance to the nearest hidden state.
+"""
 
 from __future__ import annotations
 
@@ -23,11 +27,11 @@ from kedit_train.functional.key_distance import key_distances
 
 
 class _InputSeen(Exception):
-    """Stop a forward pass, because the input of the block has been seen."""
+    """Raised to stop a forward pass as soon as the input of one block is known."""
 
 
 def encode_prompts_of(run: EditRun, edits: Sequence[Edit], tokenizer: Any) -> list[list[int]]:
-    """Return the token ids of the prompts in all forms: as in generation, and as in the training examples."""
+    """Return the token ids of each prompt, both as in generation and as in the training examples."""
     tokenizer = run.tokenizer(tokenizer)
     chosen = training_format(run, tokenizer, edits) or "plain"
     length = context_length(getattr(run.model, "config", None))
@@ -68,18 +72,18 @@ def nearest_distances(
     *,
     batch_size: int,
 ) -> Tensor:
-    """Return the distance of each key to the nearest position of the held texts, [keys] in fp32.
+    """Return the distance of each key to the nearest hidden state of the held texts, [keys] in fp32.
 
-    If a text begins with one of the prompts, the last position of this prompt is left out, because the hidden state at
-    this position is the key itself.
+    If a text begins with one of the prompts, the hidden state of the last token of this prompt is ignored, because it
+    is the key of the prompt.
 
     Args:
         run: the run.
         adapted: the adapted layers of its model.
         layer: index of the decoder block whose inputs are compared.
         keys: [keys, hidden].
-        prompts: the token ids of the prompts of the keys.
-        held: one list of token ids per text.
+        prompts: one list of token ids per prompt.
+        held: one list of token ids per held text.
         batch_size: number of sequences per forward pass.
     """
     asked = {tuple(prompt) for prompt in prompts}
@@ -106,7 +110,7 @@ def begin_with(texts: Sequence[Sequence[int]], prompts: Sequence[Sequence[int]])
 def _states(
     run: EditRun, adapted: AdaptedLayers, layer: int, sequences: Sequence[Sequence[int]], *, batch_size: int
 ) -> Iterator[tuple[list[int], list[Tensor]]]:
-    """Yield batches: the indices of sequences, and for each sequence the inputs of a block, [tokens, hidden]."""
+    """Yield for each batch the indices of its sequences, and the inputs of a block, [tokens, hidden] per sequence."""
     seen: list[Tensor] = []
 
     def see(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Find the prompts of the edits in the training examples, in the form in which they are trained."""
+"""Find the prompts of the edits in tokenized training examples."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _MASKS = ("completion_mask", "assistant_masks")
 
 
 def trained_prompts(host: Any, tokenizer: Any, edits: Sequence[Edit]) -> list[list[int]]:
-    """Return the token ids before each target that follows the prompt of an edit in a training example.
+    """Return the token ids of training examples up to a target, if they contain the prompt of an edit.
 
-    The prompt may be inside of a chat template, with a system prompt, or after other text. Only tokenized examples that
-    say which tokens are trained are read: rows with ``labels`` or a mask of TRL, and the results of
-    ``EditDataset.encode``.
+    A target is a sequence of trained tokens. The prompt must come after the previous target. It may be part of a chat
+    template, and other text, such as a system prompt, may precede it. Only tokenized examples that mark the trained
+    tokens are read: rows with ``labels`` or a mask of TRL, and the results of ``EditDataset.encode``.
 
     Args:
         host: the host of the run. A plain loop has no dataset, so the result is empty.
@@ -52,7 +52,10 @@ def _examples(host: Any) -> Iterator[Any]:
 
 
 def _before_targets(example: Any) -> Iterator[tuple[list[int], int]]:
-    """Yield, for each target of an example, the token ids before it, and the end of the previous target (or 0)."""
+    """Yield for each target of an example the token ids before the target, and where the previous target ends.
+
+    The first target of an example has no previous target, and the second value is 0.
+    """
     if isinstance(example, Mapping) and example.get("input_ids") is not None:
         ids = [int(token) for token in example["input_ids"]]
         trained = _trained(example, len(ids))
@@ -70,7 +73,7 @@ def _before_targets(example: Any) -> Iterator[tuple[list[int], int]]:
 
 
 def _trained(row: Mapping[str, Any], length: int) -> list[bool]:
-    """Return for each token of a row whether it is trained, or an empty list if the row does not show this."""
+    """Return for each token of a row whether it is trained, or an empty list if the row has no valid mask or labels."""
     mask = next((row[name] for name in _MASKS if row.get(name) is not None), None)
     labels = row.get("labels")
     if mask is None and labels is not None:

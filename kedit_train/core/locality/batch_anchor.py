@@ -1,4 +1,4 @@
-"""The term that BatchAnchor adds to the loss of each supervised token, with a cache of reference hidden states."""
+"""Compute the loss term of BatchAnchor at each supervised token, and cache the reference hidden states for it."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ class AnchorTerm:
 
     The class implements :class:`~kedit_train.core.tokens.interfaces.TokenTerm`.
 
-    When an example occurs for the first time, one forward pass of the model before the edit computes the reference
-    hidden states of the example. These hidden states are stored under a hash of the example's content, so later epochs
-    need no second forward pass.
+    When an example occurs for the first time, one forward pass of the reference model computes the reference hidden
+    states of the example. These hidden states are stored under a hash of the example's content, so later epochs need
+    only the forward pass of the model in training.
 
     Args:
-        run: the run. It must keep the weights before the edit while the term is in use.
-        penalty: the weight of the divergence, which may change between steps.
+        run: the run. It must keep the reference weights while the term is in use.
+        penalty: contains the weight of the divergence. Another callback may change this weight between steps.
         direction: direction of the divergence, as in :func:`kedit_train.functional.token_divergence`.
         cache: settings for storing the reference hidden states.
 
     Attributes:
         examples: number of examples since the last call of :meth:`metrics`.
-        hits: number of examples, out of ``examples``, for which the hidden states were already stored.
+        hits: number of these examples whose hidden states were already stored.
         last_step: the optimizer step of the last forward pass; -1 before the first forward pass.
 
     Raises:

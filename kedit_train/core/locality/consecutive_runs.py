@@ -53,7 +53,7 @@ def require_edits(run: EditRun, reason: str) -> None:
 
 
 def given_edits(run: EditRun, edits: Any) -> Sequence[Edit]:
-    """Return the edits that a callback was given, or else those of the run.
+    """Return the edits that a callback was given. If it was given none, return the edits of the run.
 
     Args:
         run: the run that begins.
@@ -72,7 +72,7 @@ def given_edits(run: EditRun, edits: Any) -> Sequence[Edit]:
 
 
 def remaining_texts(texts: Texts, chosen: Sequence[str], run: EditRun) -> list[str]:
-    """Return the texts of earlier runs that do not contain an evaluation prompt of the edits of this run.
+    """Return the texts of the previous run, without texts that contain an evaluation prompt of this run's edits.
 
     Args:
         texts: the source from which the texts of the first run were chosen.

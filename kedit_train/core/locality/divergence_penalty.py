@@ -15,11 +15,11 @@ CAPABILITY = "divergence_penalty"
 
 
 class DivergencePenalty:
-    """The weight of a penalty on a divergence, and the divergence that was measured since the last step.
+    """Contains the weight of a divergence penalty, and the divergence that was measured since the last step.
 
-    The callback that adds the penalty reads ``weight`` in every step and passes its measurements to
-    :meth:`observe`. A callback that adapts the weight sets ``adapted``, reads the measurements with :meth:`take` and
-    writes ``weight``.
+    Two callbacks may share this object. The callback that adds the penalty reads ``weight`` in every step and passes
+    its measurements to :meth:`observe`. A callback that adapts the weight sets ``adapted`` to True, reads the
+    measurements with :meth:`take` and writes ``weight``.
 
     Args:
         measured_on: where the divergence is measured: "texts", "batch" or "outputs".
@@ -37,16 +37,16 @@ class DivergencePenalty:
         self._sum, self._tokens = torch.zeros(()), 0
 
     def observe(self, divergence: Tensor) -> None:
-        """Record the divergence [N] of each token in nats, not multiplied by ``weight``.
+        """Record the divergence of N tokens, [N] in nats, before it is multiplied by ``weight``.
 
-        For :class:`OutputAnchor`, ``divergence`` is the distance [N] of each output, in the unit of this distance.
+        :class:`OutputAnchor` passes the distances of N outputs instead, [N] in the unit of its distance.
         """
         if self.adapted:
             self._sum = self._sum.to(divergence.device) + divergence.detach().sum(dtype=torch.float32)
             self._tokens += divergence.numel()
 
     def take(self) -> tuple[Tensor, int]:
-        """Return two values for this process since the last call: the summed divergence, and the number of tokens."""
+        """Return the summed divergence and the number of tokens that this process has recorded since the last call."""
         taken = self._sum, self._tokens
         self._sum, self._tokens = torch.zeros(()), 0
         return taken

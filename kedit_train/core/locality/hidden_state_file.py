@@ -1,4 +1,7 @@
-"""Keep tensors with one entry per token in memory, or in a checksummed safetensors file that later runs can read."""
+"""Store tensors that have one entry per token, in memory or in a safetensors file that later runs can read.
+
+The file contains a checksum.
+"""
 
 from __future__ import annotations
 
@@ -115,12 +118,11 @@ def read_states(
         path: path of the file.
         key: a description of everything that the tensors depend on. A file with another ``key`` is not used.
         lengths: number of tokens of each sequence.
-        memory_limit: maximum total size, in bytes, of tensors in memory. If the tensors are larger, all tensors stay on
-            disk and are memory-mapped. None always reads the tensors into memory.
+        memory_limit: maximum total size of the tensors in memory, in bytes. If the tensors are larger, all of them stay
+            on disk and are memory-mapped. None sets no limit.
 
     Returns:
-        The tensors, or None if the file does not exist or cannot be used. If the file cannot be used, a warning is
-        issued.
+        The tensors, or None if there is no usable file. If a file exists but cannot be used, a warning is issued.
     """
     # Unlike Path.is_file, this returns False for a path that cannot be accessed.
     if not os.path.isfile(path):

@@ -22,8 +22,9 @@ def read_model_inputs(source: Any, argument: str) -> list[Any]:
     """Return the inputs of a model as a list with one item per forward pass.
 
     Args:
-        source: an iterable with one item per forward pass, or the path of a safetensors file. The tensors of a file are
-            named like the arguments of ``forward``. The first dimension of each tensor is the number of forward passes.
+        source: an iterable with one item per forward pass (a tensor, or a tuple or mapping of tensors), or the path of
+            a safetensors file. In a file, each tensor has the name of an argument of ``forward`` and the shape
+            [forward passes, ...].
         argument: name of the argument that holds ``source``, for error messages.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Make the texts of neighbors: the prompts of the edits with other subjects, in the format of the training examples."""
+"""Replace the subjects in the prompts of the edits with other names, and format the prompts like training examples."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from kedit_train.errors import warn
 
 
 def neighbor_texts(run: EditRun, texts: Texts, n: int) -> Texts | None:
-    """Return the prompts of the run's edits, with each subject replaced by names from the texts.
+    """Return up to ``n`` prompts per edit, each with a name from the texts in place of the subject.
 
-    A warning is issued if no prompt could be made, or if some edits have no prompts.
+    A warning is issued if no prompt could be made, or if the prompt of an edit does not contain the subject.
 
     Args:
         run: the run, with its edits.
-        texts: the texts to draw names from. The result has the same tokenizer, seed and maximum length.
-        n: number of prompts per edit (:func:`~kedit_train.data.neighbor_prompts.neighbor_prompts`).
+        texts: the texts to draw names from.
+        n: maximum number of prompts per edit (see :func:`~kedit_train.data.neighbor_prompts.neighbor_prompts`).
 
     Returns:
-        The prompts, or None if no prompt could be made.
+        The prompts, with the tokenizer, seed and maximum length of ``texts``, or None if no prompt could be made.
     """
     tokenizer = run.tokenizer(texts.tokenizer)
     # Only names from the texts are used, so these texts may contain prompts of the edits.
@@ -34,14 +34,14 @@ def neighbor_texts(run: EditRun, texts: Texts, n: int) -> Texts | None:
     prompts = neighbor_prompts(run.edits, loaded, n, seed=texts.seed)
     if not prompts:
         warn(
-            f"neighbors={n} makes prompts by replacing the subject in the prompt of an edit by names from the texts, "
-            "but no prompt could be made; set the subject of each edit as it is written in its prompt, pass texts that "
-            "contain names, or remove neighbors."
+            f"neighbors={n} replaces the subject in the prompt of each edit with names from the texts, but no prompt "
+            "could be made; set the subject of each edit as it is written in its prompt, pass texts that contain "
+            "names, or remove neighbors."
         )
         return None
     if without := [edit.prompt for edit in run.edits if not has_subject(edit)]:
         warn(
-            f"neighbors={n} makes prompts by replacing the subject in the prompt of an edit, but in {len(without)} of "
+            f"neighbors={n} replaces the subject in the prompt of each edit, but in {len(without)} of "
             f"{len(run.edits)} edits, the prompt does not contain the subject (the first: {shorten(without[0])!r}); "
             "set the subject of each edit as it is written in its prompt."
         )

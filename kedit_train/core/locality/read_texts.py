@@ -17,13 +17,12 @@ from kedit_train.errors import EditError
 
 
 def read_texts(source: Any, tokenizer: Any = None, *, render: bool = False) -> list[str]:
-    """Return the texts of a source, without texts that are empty or have only invisible characters.
+    """Return the texts of a source, without texts that contain no visible character.
 
     Args:
         source: a list, a path or a dataset, as for :class:`~kedit_train.core.locality.texts.Texts`.
-        tokenizer: a tokenizer with a chat template, for conversations.
-        render: whether to render conversations with the chat template. If False, conversations are only checked, and
-            the contents of the messages are returned.
+        tokenizer: a tokenizer with a chat template. Required if ``render`` is True and there are conversations.
+        render: True renders conversations with the chat template. False returns the contents of their messages.
 
     Raises:
         EditError: the source cannot be read, a record is malformed, there is no text, or a conversation cannot be

@@ -62,11 +62,11 @@ class ReferenceBatches:
         tokenize: Callable[[list[Edit]], Sequence[TokenIds]],
         hidden_states: Callable[[TokenIds], Tensor],
     ) -> None:
-        """Start another run: keep only the reference texts that are in ``sequences``, and add the last run's edits.
+        """Start the next run: keep only the reference texts in ``sequences``, and add the edits of the last run.
 
         Args:
-            run: the run that starts. The hidden states of the previous run's edits are computed with the weights before
-                this run, because in a resumed run the model may already have the weights of the checkpoint.
+            run: the run that starts. The hidden states of the last run's edits are computed with the weights before
+                this run. In a resumed run, the model may already have other weights: those of the checkpoint.
             sequences: token ids of the texts that may be used in this run.
             head: the output head, unchanged since the first run.
             tokenize: returns the token sequences of a list of edits.
@@ -113,9 +113,9 @@ class ReferenceBatches:
             batch_size: number of sequences per draw.
 
         Raises:
-            EditError: the checkpoint was written with other reference texts than those of this object. An error is also
-                raised if the checkpoint belongs to a second or later run and this object was not used in the earlier
-                runs, because the checkpoint does not contain the hidden states of the edits of earlier runs.
+            EditError: the checkpoint was written with other reference texts than those of this object, or this object
+                does not have the hidden states of the checkpoint's previous edits. A checkpoint does not store these
+                hidden states, so only an object that was used in the earlier runs has them.
         """
         if state["texts"] != hash_sequences(self.texts.sequences):
             raise EditError(

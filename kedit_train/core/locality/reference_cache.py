@@ -1,4 +1,4 @@
-"""Settings for storing reference hidden states, and a function that reads or computes them."""
+"""Settings for storing reference hidden states, and a function that reads or computes these hidden states."""
 
 from __future__ import annotations
 
@@ -46,11 +46,11 @@ class ReferenceCache:
             files after the run.
         dtype: dtype of the stored hidden states. None stores the hidden states without rounding, in the dtype in which
             the output head computes (a teacher's probabilities are stored in float32). A narrower dtype adds a rounding
-            error. Without a teacher, ``KLLocality`` then warns and reports the divergence that this error causes.
+            error. ``KLLocality`` without a teacher issues a warning with the divergence that this error causes.
         memory_limit: maximum size of the hidden states in memory, in bytes or as a string such as "2GB". None sets no
-            limit. If the limit is exceeded and ``cache_dir`` is set, ``KLLocality`` memory-maps its file, and
-            ``BatchAnchor`` writes further hidden states to ``cache_dir``. If the limit is exceeded and ``cache_dir`` is
-            None, ``KLLocality`` raises an error, and ``BatchAnchor`` computes further hidden states in every step.
+            limit. If the limit is exceeded, ``KLLocality`` memory-maps its file in ``cache_dir``, and raises an error
+            without a ``cache_dir``. ``BatchAnchor`` writes the hidden states that do not fit within the limit to
+            ``cache_dir``. Without a ``cache_dir``, it computes these hidden states in every step.
 
     Raises:
         EditError: an argument is invalid.

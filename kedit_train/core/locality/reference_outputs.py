@@ -225,7 +225,10 @@ class ReferenceOutputs:
 
 @contextmanager
 def _recurrent_gradients(module: nn.Module) -> Iterator[None]:
-    """Context manager: let recurrent layers compute gradients in evaluation mode, which cuDNN does not support."""
+    """Context manager: disable cuDNN if the module has recurrent layers on a GPU.
+
+    cuDNN cannot compute the gradients of recurrent layers in evaluation mode.
+    """
     recurrent = any(isinstance(part, nn.RNNBase) and part.weight_ih_l0.is_cuda for part in module.modules())
     if not recurrent:
         yield

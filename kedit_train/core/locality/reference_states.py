@@ -1,4 +1,7 @@
-"""Compute the reference of a divergence: hidden states of the unedited model, or a teacher's top-k probabilities."""
+"""Compute hidden states of the unedited model, or the top-k probabilities of a teacher.
+
+A penalty compares the edited model with these values.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +40,7 @@ def reference_hidden_states(
     """Return the hidden states [tokens, hidden] of the reference model, which is the model before the edit.
 
     Args:
-        run: the run. During the forward passes, its model has the weights before the edit.
+        run: the run. Its reference weights replace the weights of the model during the forward passes.
         sequences: one list of token ids per sequence.
         batch_size: number of sequences per forward pass.
         cache: settings for storing the hidden states.
@@ -96,7 +99,7 @@ def teacher_top_k(
         cache: settings for storing the tensors.
 
     Returns:
-        The tensors, whether they were read from a file, and the vocabulary size of the distributions.
+        The tensors, whether they were read from a file, and the size of the common vocabulary.
 
     Raises:
         EditError: the teacher cannot be loaded, or its vocabulary differs from the vocabulary of the run's model or
@@ -136,18 +139,21 @@ def teacher_top_k(
 
 
 def top_k_log_probs(head: OutputHead, hidden: Tensor, k: int, vocabulary: int | None = None) -> tuple[Tensor, Tensor]:
-    """Return the log probabilities of the k most probable tokens and of all others together, and the k token ids.
+    """Return the log probabilities and the ids of the ``k`` most probable next tokens.
 
-    The logits are computed in chunks.
+    The last log probability is the logarithm of the total probability of all other tokens. The logits are computed in
+    chunks.
 
     Args:
         head: the output head.
         hidden: [tokens, hidden], the inputs of the head.
-        k: number of tokens.
-        vocabulary: number of tokens in the vocabulary, if the head has more outputs than the vocabulary has tokens.
+        k: number of most probable next tokens.
+        vocabulary: number of tokens in the vocabulary. All further outputs of the head are ignored. None uses all
+            outputs.
 
     Returns:
-        The tensors [tokens, k + 1] and [tokens, k] of :func:`~kedit_train.functional.top_k_divergence.top_log_probs`.
+        The log probabilities [tokens, k + 1] and the token ids [tokens, k], as returned by
+        :func:`~kedit_train.functional.top_k_divergence.top_log_probs`.
     """
     parts = hidden.split(chunk_length(head.config.vocab_size))
     tops = [top_log_probs(head.project(part)[:, :vocabulary], k) for part in parts]

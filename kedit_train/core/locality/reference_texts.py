@@ -71,13 +71,13 @@ class PreviousEdit:
 
 @dataclass
 class ReplayBuffer:
-    """Stores the edits of finished runs. The following runs draw these edits, so the model does not forget them.
+    """Stores the edits of finished runs. Later runs draw these edits, so that the model does not forget them.
 
     The hidden states of an edit are computed when the next run starts, because the model may still change until then.
 
     Attributes:
-        entries: sequences of all previous edits.
-        pending: edits of the last finished run, which do not have hidden states yet.
+        entries: token sequences of previous edits, with hidden states.
+        pending: edits of the last finished run. They are not in ``entries`` yet, because they have no hidden states.
         active: the entries that the current run can draw. An entry is excluded if this run has an edit with the same
             prompt.
     """
@@ -101,7 +101,7 @@ class ReplayBuffer:
     def add_pending(
         self, tokenize: Callable[[list[Edit]], Sequence[TokenIds]], hidden_states: Callable[[TokenIds], Tensor]
     ) -> None:
-        """Move the pending edits to the entries, with hidden states that are computed now.
+        """Compute the hidden states of the edits in ``pending``, and move these edits to ``entries``.
 
         Args:
             tokenize: returns the token sequences of a list of edits.

@@ -31,11 +31,11 @@ class Texts:
     Every ``texts=`` argument of this package takes either a source or a ``Texts``.
 
     Args:
-        source: a list, a path, a ``datasets.Dataset``, or "world". "world" selects the texts that kedit-train contains
-            for its bundled model. A ``.txt`` file contains one text per line, and a ``.csv`` file has a column
-            ``text``. A list, a ``.jsonl`` file or a ``.json`` file contains strings, records with the key ``text``, or
-            conversations: records with the key ``messages`` ([{"role": ..., "content": ...}, ...]). A dataset has a
-            column ``text`` or ``messages``. Conversations are rendered with the chat template of the tokenizer.
+        source: a list, a ``datasets.Dataset``, the path of a file, or "world" (the texts that kedit-train contains for
+            its bundled model). A ``.txt`` file contains one text per line. A ``.csv`` file has a column ``text``. A
+            dataset has a column ``text`` or ``messages``. A list, a ``.jsonl`` file or a ``.json`` file contains
+            strings or records. A record has the key ``text`` or, for a conversation, the key ``messages``
+            ([{"role": ..., "content": ...}, ...]). The chat template of the tokenizer renders conversations.
         max_length: maximum number of tokens per sequence. A longer text is split into several sequences, and no token
             is dropped.
         nearest: maximum number of texts per edit. The texts most similar to the edit are selected
@@ -111,8 +111,8 @@ class Texts:
         The search for evaluation prompts ignores letter case and the amount of white space.
 
         Args:
-            edits: the edits of the run. If the source is "world", two more kinds of texts are excluded: texts about
-                facts that an edit affects, and texts about facts that a rephrase or a probe of an edit asks about.
+            edits: the edits of the run. If the source is "world", a text about a fact is also excluded if an edit
+                affects this fact, or if a rephrase or a probe of an edit asks about it.
             limit: maximum number of texts, drawn at random with ``seed``. None returns all texts.
             keep_leaks: True keeps texts that contain an evaluation prompt. Use True only if the model is not trained on
                 the texts.

@@ -1,4 +1,4 @@
-"""PEFT adapters: find the model inside, and keep frozen parameters frozen when PEFT switches adapters."""
+"""Find the model inside a PEFT model, and keep frozen parameters frozen when PEFT switches adapters."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import nn
 
 
 def base_model(model: Any) -> Any:
-    """Return the model inside a PEFT adapter, or the model itself."""
+    """Return the model inside a PEFT model. Any other model is returned as it is."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 

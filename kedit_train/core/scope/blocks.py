@@ -6,14 +6,15 @@ from torch import nn
 
 
 def place_in_blocks(model: nn.Module, name: str) -> tuple[str, int]:
-    """Return the path of the first list of modules on the way to a module or parameter, and the index in this list.
+    """Find the decoder block that contains a module or a parameter.
 
     Args:
         model: the model.
         name: name of a module or of a parameter in ``model``.
 
     Returns:
-        For example ("model.layers", 7). If no list of modules contains the module, the result is (name, -1).
+        The name of the outermost ``nn.ModuleList`` that contains the module or parameter, and the index of the block in
+        this list, for example ("model.layers", 7). If there is no such list, the result is (name, -1).
     """
     parts = name.split(".")
     for count in range(1, len(parts)):

@@ -13,10 +13,11 @@ from kedit_train.core.scope.adapters import base_model
 
 
 def language_path(model: nn.Module) -> str | None:
-    """Return the name of the language model inside a multimodal model, without its output head.
+    """Return the name of the module that is the language model inside a multimodal model.
 
     Returns:
-        For example "model.language_model". None if the model reads only text.
+        For example "model.language_model". The output head is not part of this module. None if the model reads only
+        text, or if it predicts no text (CLIP).
     """
     base = base_model(model)
     config = getattr(base, "config", None)

@@ -20,8 +20,8 @@ def save_masks(path: str | Path, masks: Mapping[str, Tensor], model: str | None 
     Args:
         path: path of the file.
         masks: name -> bool tensor.
-        model: a fingerprint of the model that the masks were made for. :func:`load_masks` compares this fingerprint
-            with that of the model that the masks are loaded for.
+        model: a fingerprint of the model that the masks were made for. :func:`load_masks` warns if the masks are loaded
+            for a model with another fingerprint. None stores no fingerprint.
 
     Raises:
         EditError: the file cannot be written.
@@ -41,8 +41,9 @@ def load_masks(
     Args:
         path: path of a safetensors file with one bool tensor per parameter.
         shapes: name -> shape of every parameter in the scope. None skips the comparison.
-        model: function that takes the masks and returns the fingerprint of the model. If ``model`` is None or the file
-            contains no fingerprint, the fingerprints are not compared.
+        model: function that returns the fingerprint of the model for which the masks are loaded. It is called with the
+            loaded masks, because the fingerprint may cover only weights that the masks freeze. If ``model`` is None or
+            the file contains no fingerprint, no fingerprints are compared.
 
     Returns:
         name -> bool tensor.

@@ -145,14 +145,14 @@ def choose_masks(
             granularity is "row" or "column", the scores and the Fisher information are averaged over each row or column
             before the division.
         density: fraction of the entries, rows or columns that stay trainable.
-        granularity: "element", "row" or "column": a mask makes single entries, rows or columns trainable.
+        granularity: whether a mask selects single entries ("element"), whole rows ("row") or whole columns ("column").
 
     Returns:
         name -> bool mask, True where the entry may change.
 
     Raises:
         EditError: the scores of a tensor are all equal or are not finite. The error is also raised if rows or columns
-            are requested for a tensor that has none (for example fused experts).
+            are requested for a stack of matrices, such as fused experts.
     """
     units = {name: unit_of(model, name, granularity, scores) for name in scores}
     masks: dict[str, Tensor] = {}

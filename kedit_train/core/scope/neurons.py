@@ -50,8 +50,8 @@ def unit_of(model: nn.Module, name: str, granularity: Granularity, scope: Contai
         scope: names of the parameters in the scope.
 
     Returns:
-        A pair (rule, dimension), which ``Unit`` explains. If the rule is "as_matrix", the parameter is a bias, and
-        the dimension is a dimension of the weight matrix that this bias belongs to.
+        A pair (rule, dimension), which ``Unit`` explains. The rule "as_matrix" is returned only for a bias. The
+        dimension is then the output dimension of the weight matrix that the bias belongs to.
 
     Raises:
         EditError: rows or columns are requested for a stack of matrices, such as fused experts.

@@ -111,7 +111,10 @@ def _items(layers: Layers) -> list[Layer]:
 
 
 def _parts(item: Layer) -> list[tuple[str, list[int | float]]]:
-    """Return the text of each part of one value in ``layers``, with its number, or with two numbers for a range."""
+    """Split one value in ``layers`` at its commas, and return the text and the numbers of each part.
+
+    A range has two numbers. An index or a fraction has one.
+    """
     if not isinstance(item, str):
         return [(str(item), [item])]
     parts = []
@@ -196,8 +199,9 @@ def resolve_scope(model: nn.Module, layers: Layers = None, modules: Modules = No
 
     Raises:
         EditError: a layer is out of range, or a pattern matches nothing, only frozen parameters, only routers or only
-            parts outside of the language model. The error is also raised if a pattern matches a computed weight (for
-            example of weight norm), but the patterns do not match all parameters from which torch computes this weight.
+            parts outside of the language model. The error is also raised if a pattern matches a weight that torch
+            computes from other parameters (for example with weight norm), but the patterns leave out a trainable one
+            of these parameters.
     """
     patterns = _patterns(modules)
     named = list(model.named_parameters(remove_duplicate=False))
@@ -260,10 +264,9 @@ def _check_computed(
         if pattern is not None and not all(any(matches(name, p) for p in patterns) for name in trainable):
             raise EditError(
                 f"modules={pattern!r} matches {weight.name}, which is not a parameter: {weight.source} computes this "
-                f"weight from other parameters. To train {weight.name}, modules= must match all of "
-                f"{', '.join(trainable)}, and it does not match all of them. Set "
-                f"modules={weight.module or trainable!r}, which matches all of them; or call {weight.remedy} before "
-                f"the edit, which makes {weight.name} a parameter; or use a pattern that does not match {weight.name}."
+                f"weight from {', '.join(trainable)}, and modules= does not match all of these. To train the weight, "
+                f"set modules={weight.module or trainable!r}, or call {weight.remedy} before the edit. To keep it "
+                "frozen, use a pattern that does not match it."
             )
 
 

@@ -29,8 +29,8 @@ class SubjectPositions:
     Attributes:
         rows: number of rows so far.
         found: number of rows so far that contain a prompt with its subject.
-        tokens: number of tokens in all rows so far.
-        chosen: number of tokens, out of ``tokens``, at positions that :meth:`find` has returned as True.
+        tokens: number of tokens in all rows so far, without padding.
+        chosen: number of these tokens for which :meth:`find` has returned True.
         whole_prompts: number of rows so far in which the subject is only the first token.
     """
 
@@ -74,7 +74,7 @@ class SubjectPositions:
         return self._known[tokens]
 
     def _spans(self, text: str) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
-        """Yield, for each subject in a text, where the subject and its prompt begin and end, in characters."""
+        """Yield two spans (begin, end), in characters, for each subject in a text: of the subject and of its prompt."""
         for prompt, spans in self._subjects.items():
             at = text.find(prompt)
             while at >= 0:
@@ -105,5 +105,5 @@ class SubjectPositions:
 
 
 def _indices(extents: Sequence[tuple[int, int]], span: tuple[int, int]) -> list[int]:
-    """Return the indices of the extents (begin and end of each token) that share a character with a span."""
+    """Return the indices of the tokens that overlap with a span. ``extents`` contains the span of each token."""
     return [index for index, (begin, end) in enumerate(extents) if begin < span[1] and span[0] < end]

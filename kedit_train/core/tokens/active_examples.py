@@ -29,8 +29,8 @@ class ActiveExamples:
         learned: dict from the key of a learned example to a list of numbers. The first number is how many more times
             the example will be left out. The other numbers are sums over the example's tokens in its last forward pass:
             the loss and, with TRL, the entropy and the number of correct tokens.
-        seconds_saved: estimated training time saved so far. The estimate uses the time per token between two calls of
-            :meth:`select`.
+        seconds_saved: estimated training time saved so far. Each call of :meth:`select` adds the number of tokens that
+            it leaves out, multiplied by the seconds per computed token since the previous call.
     """
 
     def __init__(self, recheck: int, probability: float | None) -> None:
@@ -47,8 +47,8 @@ class ActiveExamples:
         If the first or last columns of the batch then contain only padding, these columns are removed too.
 
         Args:
-            kwargs: arguments of the call, with ``input_ids`` and ``labels`` [batch, length]. If any other tensor
-                argument does not have one entry per example, no example is left out.
+            kwargs: arguments of the call, with ``input_ids`` and ``labels`` [batch, length]. No example is left out if
+                the batch has only one example, or if another argument cannot be divided into examples.
 
         Returns:
             The reduced arguments, and the examples that were left out. If all examples are learned, the shortest of
@@ -93,7 +93,7 @@ class ActiveExamples:
         return {**kwargs, **reduced}, LeftOut(left_out, (labels.shape, kept, span))
 
     def record(self, where: Tensor, active: Tensor, *sums: Tensor) -> None:
-        """Store which examples are learned. Examples that were left out of this batch keep their entries.
+        """Update :attr:`learned` after a forward pass. Entries of examples that were left out do not change.
 
         Args:
             where: [examples, length - 1] bool, the supervised positions.

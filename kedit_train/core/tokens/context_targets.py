@@ -1,4 +1,4 @@
-"""Compute soft targets with the unedited model, which reads the new fact, and find them for training batches."""
+"""Soft targets for the answers of edits: the predictions of the unedited model when it reads the new fact."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ class _Answer:
     """One edit as tokens.
 
     Args:
-        teacher: the token ids that the teacher reads: the prompt with the fact, and the answer.
+        teacher: the token ids that the teacher (the unedited model) reads: the prompt with the fact, then ``answer``.
         prompt: the token ids of the prompt without the fact.
-        answer: the token ids of the target, with the token that ends an answer if there is one.
-        ends: 1 if ``answer`` has a token that ends it, else 0.
+        answer: the token ids of the target, followed by the end token if the prompt format has one.
+        ends: 1 if ``answer`` includes an end token, else 0.
     """
 
     teacher: tuple[int, ...]
@@ -67,8 +67,8 @@ class ContextTargets:
         prompt_format: the prompt format of the training examples.
 
     Attributes:
-        follows: for each edit, whether the model ranks all tokens of the target first when it reads the fact. Equal
-            edits count once.
+        follows: one bool per edit, True if the teacher gives the highest probability to every token of the target.
+            Edits with the same prompt and target count as one edit.
 
     Raises:
         EditError: ``top_k`` is greater than the vocabulary, or an edit with its fact is longer than the context length
@@ -146,7 +146,16 @@ class ContextTargets:
         return self._log_probs[rows], self._tokens[rows], self._taught[rows] & known
 
     def _match(self, tokens: tuple[int, ...], is_supervised: Sequence[bool]) -> Iterator[tuple[int, int]]:
-        """Yield two indices per answer token: that of its soft target, and that of the token in ``tokens``."""
+        """Find the answer tokens in a training example that begins with the prompt and the target of an edit.
+
+        Args:
+            tokens: the token ids of the example, without padding.
+            is_supervised: for each of these tokens, whether it has a label.
+
+        Yields:
+            One pair of indices for each answer token: the row of its soft target in the stored tensors, and the index
+            of the token in ``tokens``.
+        """
         for length in self._lengths:
             answer, place = self._places.get(tokens[:length], (None, 0))
             if answer is None or not all(is_supervised[len(answer.prompt) : length]):
@@ -175,8 +184,9 @@ def _top_k(run: EditRun, answers: Sequence[_Answer], k: int) -> tuple[tuple[Tens
     """Compute the soft targets of all answers with the unedited model.
 
     Returns:
-        The log probabilities [tokens, k + 1], the token ids [tokens, k], and whether the label is the most probable
-        token [tokens]. After these three tensors, a list with the place of the first token of each answer.
+        A tuple of three tensors, and a list. The tensors have one row per answer token: the log probabilities
+        [tokens, k + 1], the token ids [tokens, k], and a bool tensor [tokens] that is True if the label is the most
+        probable token. The list contains, for each answer, the row of its first token.
     """
     head, sequences = run.head(), [answer.teacher for answer in answers]
     places, parts, count = [0] * len(answers), [], 0

@@ -105,12 +105,12 @@ class LeftOutExample:
 class LeftOut:
     """The examples that were left out of the forward pass of one batch.
 
-    In means over the batch, these examples count with the results of their last forward pass.
+    Means over the batch include these examples, with the values from their last forward pass.
 
     Args:
         examples: the examples.
-        place: the shape of the batch of the host ([batch, length]), and the rows and columns of this batch that the
-            model computes. None if the model computes the whole batch.
+        place: shows which part of the host's batch the model computes. The three elements are the shape of the host's
+            batch ([batch, length]), the computed rows, and the computed columns. None means the whole batch.
     """
 
     examples: tuple[LeftOutExample, ...] = ()

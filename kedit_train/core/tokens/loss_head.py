@@ -39,8 +39,8 @@ class _Call:
     Args:
         labels: [batch, length].
         items: ``num_items_in_batch``, the number of tokens over which the host takes the mean, or None.
-        fused: whether TRL made the call and expects the output of its fused head.
-        positions: position ids in the text, or None.
+        fused: whether TRL passed ``fused_lm_head=True``. TRL then expects an output with one loss per token.
+        positions: position ids, which are 0 at the start of every sequence, or None if such ids are not known.
         reference_states: the hidden states of the reference model at the N supervised tokens, [N, hidden]. None if the
             loss has no second term (:class:`TokenTerm`).
         soft_targets: tensors [N, ...] with the soft targets of the N supervised tokens. Empty without soft targets.
@@ -59,11 +59,16 @@ class _Call:
 class LossHead:
     """Replaces the loss of a causal language model during training.
 
-    The host (the training framework) calls ``model(..., labels=...)`` as before. A hook before the forward pass removes
-    the labels, so that the model computes no loss. The same hook limits the model's logits to one position. A hook
-    after the forward pass computes the logits and the loss of the supervised positions with the objective, and puts the
-    loss into ``output.loss``. If TRL requests its fused head, the second hook returns the per-token output of the fused
-    head instead of this loss. The hooks ignore calls without gradients or without labels.
+    The host (the training framework) calls ``model(..., labels=...)`` as before. Two hooks on the model replace the
+    loss:
+
+    - The hook before the forward pass removes the labels, so that the model computes no loss. The hook also makes the
+      output head compute the logits of only one position, to save time and memory. These logits are not used.
+    - The hook after the forward pass computes the logits and the loss of the supervised positions with the objective,
+      and puts the loss into ``output.loss``. If TRL passes ``fused_lm_head=True``, this hook instead returns the output
+      that TRL then expects, with one loss per token.
+
+    The hooks ignore calls without gradients or without labels.
 
     Args:
         head: the model's output head.
@@ -185,8 +190,8 @@ class LossHead:
             shape = "none" if hidden is None else f"[batch, length] = {tuple(hidden.shape[:2])}"
             raise EditError(
                 f"the output head of {type(module).__name__} must receive one hidden state per label ([batch, "
-                f"length] = {tuple(call.labels.shape)}), got {shape}; remove prompt tuning if the model uses it, or "
-                "change forward() if forward() does not call the output head as a module."
+                f"length] = {tuple(call.labels.shape)}), got {shape}; if the model uses prompt tuning, remove it, "
+                "otherwise call the output head as a module in forward()."
             )
         output = self._score(call, hidden[:, :-1], output)
         if self.full_logits and not call.fused:
@@ -251,13 +256,13 @@ class LossHead:
     def _per_token(
         self, call: _Call, hidden: Tensor, labels: Tensor, weights: Tensor
     ) -> tuple[list[str], tuple[Tensor, ...]]:
-        """Score every token.
+        """Compute the loss and other values of every supervised token.
 
         Returns:
-            A pair: the names of the additional columns, and a tuple of all columns [N]. The columns are the weighted
-            loss, ``active``, the statistics of the objective, and then the additional columns. The additional columns
-            are "probability" (if the filter needs it), "divergence" (with a second term), and "entropy" and "correct"
-            (for TRL's fused head).
+            A list of names, and a tuple of tensors [N]. The tensors are the weighted loss, ``active``, the statistics
+            of the objective, and then one tensor for each name in the list. The list contains "probability" if the
+            filter needs it, "divergence" if the loss has a second term, and "entropy" and "correct" if TRL passed
+            ``fused_lm_head=True``.
         """
         term = self.term
         needs_probability = self.filter is not None and self.filter.probability is not None

@@ -1,4 +1,4 @@
-"""Train on old answers to compute the weight difference that is then subtracted."""
+"""Train the model on the old answers. ``ForgetFirst`` then subtracts the weight change from the model."""
 
 from __future__ import annotations
 

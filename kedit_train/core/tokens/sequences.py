@@ -7,12 +7,13 @@ from torch import Tensor
 
 
 def text_positions(position_ids: Tensor | None) -> Tensor | None:
-    """Return the position ids in the text, which are 0 at the start of every sequence. None if they are not known.
+    """Return the position ids that are 0 at the start of every sequence, or None if they are not known.
 
     Args:
         position_ids: the argument of the model's forward call: [batch, length] or [1, length]. Vision-language models
             also accept [3, batch, length] (the positions in time, height and width) and [4, batch, length] (the
-            positions in the text, then these three). Only the positions in the text show where sequences begin.
+            positions in the text, then these three). Only the positions in the text show where sequences begin, so
+            the result is None for [3, batch, length].
     """
     if position_ids is None or position_ids.ndim < 3:
         return position_ids

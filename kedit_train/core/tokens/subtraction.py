@@ -52,14 +52,16 @@ class Subtraction:
     def search(
         self, before: Measurement, length: float, measure: Callable[[float, float], Measurement]
     ) -> tuple[list[Measurement], int, EndedBy]:
-        """Try the coefficients in ascending order. End at the first one that reaches a limit of this rule.
+        """Try the coefficients in ascending order until one forgets the old answers or raises the perplexity too much.
+
+        If the perplexity becomes too high, the previous coefficient is chosen.
 
         Args:
             before: the measurement of the model before the subtraction.
             length: norm of the trained difference divided by the norm of the original weights (counting only the
                 parameters that training changed).
-            measure: function ``measure(coefficient, factor)`` that subtracts ``factor`` times the trained difference,
-                and returns the scores of the model together with both arguments.
+            measure: function ``measure(coefficient, factor)`` that subtracts ``factor`` times the trained difference
+                and returns a :class:`Measurement`, which contains both arguments and the scores of the model.
 
         Returns:
             Three values: the list of all measurements, which begins with ``before``; the index of the chosen

@@ -32,7 +32,7 @@ FORMATS: dict[str, Format] = {form.name: form for form in _ALL}
 
 
 def formats_of(record: Mapping[str, Any]) -> list[Format]:
-    """Return the formats whose keys a record has."""
+    """Return the formats that recognize a record, except those that another of these formats extends."""
     recognized = [form for form in FORMATS.values() if form.recognize(record)]
     extended = {name for form in recognized for name in form.extends}
     return [form for form in recognized if form.name not in extended]
@@ -77,10 +77,10 @@ def read_record(record: Any, form: Format, where: str, *, chosen: bool, csv: boo
     """Return the edits of one record.
 
     Args:
-        record: a mapping. For a line that could not be read: an ``EditError``, which this function then raises.
+        record: a mapping, or an ``EditError`` for a line that could not be read. The function raises this error.
         form: the format of the record.
         where: the beginning of every error message.
-        chosen: True if the user passed the name of the format. A field of another format is then not an error.
+        chosen: True if the user passed the name of the format. Fields of other formats are then allowed.
         csv: True if the record is a row of a CSV file. In this case, cells with lists or mappings are decoded.
 
     Raises:
@@ -95,8 +95,8 @@ def read_record(record: Any, form: Format, where: str, *, chosen: bool, csv: boo
         matches = [other.name for other in formats_of(record) if other is not form]
         if matches:
             raise EditError(
-                f"{where}: field {quoted([min(map(str, others))])} belongs to the format {matches[0]}, but the file is "
-                f"read in the format {form.name}, which most of its records have; {REMEDY}, or pass "
+                f"{where}: field {quoted([min(map(str, others))])} belongs to the format {matches[0]}, but most "
+                f"records have the format {form.name}; {REMEDY}, or pass "
                 f'format="{form.name}" to read all records as {form.name}'
             )
     if csv:
@@ -122,7 +122,8 @@ def read_records(
     Args:
         records: the records.
         name: the beginning of every error message, for example the name of the file.
-        places: the beginning of the error messages about each record. None uses ``name`` and the number of the record.
+        places: one text per record, with which an error message about this record begins. If None, the message begins
+            with ``name`` and the number of the record.
         format: the name of the format. None recognizes the format from the fields of the records.
         on_error: "raise" or "skip".
         limit: stop after this many readable records. None reads all records.

@@ -23,11 +23,12 @@ _HOPS = range(2, 7)
 def read_ripple_edits(record: Fields) -> list[Edit]:
     """Read a record of RippleEdits.
 
-    ``edit.prompt`` is a full sentence, such as "The gender of Ada is female.". It is split after its last "is", "are",
-    "follows" or "is followed by". If the record has a ``previous_fact``, the sentence of this fact begins with the
-    same words as ``edit.prompt``. ``edit.prompt`` is then split within these words, and the rest of the sentence of the
-    previous fact becomes the old answer. The record names the subject only by a Wikidata identifier, so the edit has no
-    subject.
+    The edit of a record is a full sentence, such as "The gender of Ada is female.". The sentence is split into prompt
+    and target after its last "is", "are", "follows" or "is followed by". A record may also have a ``previous_fact``: a
+    sentence that begins in the same way, but ends with the old answer. Then the split must be in the common beginning
+    of the two sentences, and the rest of the second sentence becomes the old answer.
+
+    The record names the subject only by a Wikidata identifier, so the edit has no subject.
 
     RippleEdits has test questions for six criteria. The names of the criteria become the kinds of the questions. The
     questions of ``Relation_Specificity`` and ``Forgetfulness`` become locality questions. Those of the other four
@@ -80,10 +81,10 @@ def _ripple_answers(query: Fields) -> tuple[str, ...]:
 def read_uniedit(record: Fields) -> list[Edit]:
     """Read a record of UniEdit. A file is a mapping from identifiers to records.
 
-    The questions under ``generality`` have answers of their own, so they become portability questions. Their kinds are
-    the values of ``path_type``: "single" (reasoning along one chain of facts) and "double" (two chains that lead to one
-    entity). The questions under ``locality`` keep ``loc_type`` as their kind. The chains of facts (``paths``,
-    ``one_hops``) and the Wikidata entries are not read.
+    The answers to the questions under ``generality`` differ from the target of the edit. Therefore, these questions
+    become portability questions, not rephrases. Their kinds are the values of ``path_type``: "single" (reasoning along
+    one chain of facts) and "double" (two chains that lead to one entity). The questions under ``locality`` keep
+    ``loc_type`` as their kind. The chains of facts (``paths``, ``one_hops``) and the Wikidata entries are not read.
 
     References:
         "UniEdit: A Unified Knowledge Editing Benchmark for Large Language Models", arXiv 2505.12345.

@@ -22,8 +22,8 @@ def read(record: Fields) -> list[Edit]:
     """Read a record of flat CounterFact.
 
     ``ground_truth`` is the old answer. ``rephrase_prompt`` (a text) and ``rephrase_prompts`` (a list) become rephrases.
-    ``locality_prompt`` (about another subject, for which ``ground_truth`` is also true) becomes a locality
-    question of the kind ``neighborhood``, with ``locality_ground_truth`` as the right answer. ``relation`` and
+    ``locality_prompt`` asks about another subject that also has ``ground_truth`` as its right answer. It becomes a
+    locality question of the kind ``neighborhood``, with the answer in ``locality_ground_truth``. ``relation`` and
     ``relation_id`` only name the relation and are not read.
 
     References:

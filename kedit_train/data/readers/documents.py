@@ -28,8 +28,9 @@ def read(record: Fields) -> list[Edit]:
     """Read a document: the model is trained to write ``text`` after ``title``.
 
     The prompt of the edit is the title and an empty line. The target is the text, so all its tokens are trained.
-    ``questions`` about the document become portability questions. If the record names no kinds, their kind
-    is "questions". ``subject`` and ``locality`` are read as in the format of kedit-train.
+    The field ``questions`` contains questions about the document, which become portability questions. It is a list, or
+    a mapping from kinds to lists. The questions of a list get the kind "questions". ``subject`` and ``locality`` are
+    read as in the format of kedit-train.
     """
     # The text is read first, so that a record of another format is reported with the field that every document has.
     text = record.answer("text")
@@ -51,8 +52,8 @@ def read(record: Fields) -> list[Edit]:
 def read_path(path: Path) -> tuple[list[Any], list[str]]:
     """Read the records of a file or of a folder of documents.
 
-    If a document has no title, its title is made from the name of its file. If several documents have the same title,
-    the later documents get a number, because one prompt cannot have two targets.
+    If a document has no title, its title is made from the name of its file. If several documents have the same title, a
+    number is added to the titles of the later documents, because one prompt cannot have two targets.
 
     Args:
         path: a ``.txt`` or ``.md`` file with one document, a file of records (:func:`read_file`), or a folder. In a
@@ -60,9 +61,10 @@ def read_path(path: Path) -> tuple[list[Any], list[str]]:
             Hidden files are ignored.
 
     Returns:
-        The records, as :func:`read_file` returns them, and for each record its file and its number in this file, for
-        messages. For each empty document and each unreadable file in a folder, the list contains an ``EditError`` (not
-        raised) instead of a record.
+        Two lists of the same length. The first list contains the records, as :func:`read_file` returns them. For each
+        empty document and for each unreadable file in a folder, it contains an ``EditError`` (not raised) instead of a
+        record. The second list contains the beginning of the error messages about each record: its file, and its number
+        in a file of records.
 
     Raises:
         EditError: the path does not exist, the file cannot be read, or a folder has no file with a known ending.
@@ -112,7 +114,7 @@ def _read_folder(folder: Path) -> tuple[list[Any], list[str]]:
 
 
 def _read_records(path: Path, name: str) -> list[Any]:
-    """Read a file of records in a folder. A record without an identifier gets one: file name and number."""
+    """Read a file of records in a folder. A record without an identifier gets one, such as "news.jsonl, record 3"."""
     records: list[Any] = []
     for number, record in enumerate(read_file(path), start=1):
         if isinstance(record, dict):
@@ -127,7 +129,10 @@ def _read_records(path: Path, name: str) -> list[Any]:
 
 
 def _read_text_file(path: Path, name: str) -> dict[str, Any] | EditError:
-    """Return the document in a ``.txt`` or ``.md`` file as a record, or an error (not raised) if the file is empty."""
+    """Return the document in a ``.txt`` or ``.md`` file as a record.
+
+    If the file is empty or has only a heading, an ``EditError`` is returned instead (not raised).
+    """
     text = read_text(path).strip()
     if not is_visible(text):
         return EditError(f"{path}: the document must contain text, got an empty file; {REMEDY}")
@@ -142,7 +147,7 @@ def _read_text_file(path: Path, name: str) -> dict[str, Any] | EditError:
 
 
 def _titled(record: Any, stem: str, number: int) -> Any:
-    """Return a record. A document without a title gets the name of its file and its number as title."""
+    """Return the record. A document without a title gets one: the name of its file and its number, such as "news 3"."""
     if not _is_document(record) or not is_blank(record.get("title")):
         return record
     return {**record, "title": f"{_from_stem(stem)} {number}"}
@@ -157,7 +162,7 @@ def _from_stem(stem: str) -> str:
 
 
 def _distinct(records: list[Any]) -> list[Any]:
-    """Add numbers to the titles that several documents share."""
+    """Add a number to each title that an earlier document already has."""
     titles = [record["title"] if _is_document(record) else None for record in records]
     taken = {fold(title) for title in titles if isinstance(title, str)}
     numbers: dict[str, int] = {}

@@ -1,4 +1,4 @@
-"""Checked access to the fields of one record."""
+"""Read the fields of one record, and check their types."""
 
 from __future__ import annotations
 

@@ -20,12 +20,12 @@ class Format:
         read: function that converts one record to edits. A record of MQuAKE contains up to four edits. A record of any
             other format contains one edit.
         reads: names of the top-level fields that are stored in the edits.
-        ignores: names of the top-level fields that are known but not read. The docstring of ``read`` says why.
+        ignores: names of the top-level fields that are known but not read.
         structured: names of the fields that contain lists or mappings. In a CSV file, a cell of such a field contains
             JSON or texts separated by ``|``.
         ignored_prefixes: beginnings of the names of further fields that are known but not read.
-        extends: names of the formats that this format extends: its records also have the fields of one of these
-            formats. A record that has this format does not count as a record of the formats that it extends.
+        extends: names of other formats that may also recognize the records of this format, because the records have the
+            fields of both. Such a record counts only as a record of this format.
     """
 
     name: str

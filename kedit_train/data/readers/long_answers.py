@@ -1,4 +1,4 @@
-"""Readers for benchmarks whose targets are whole texts, or that ask for essays: UnKEBench, AKEW and LEME."""
+"""Readers for benchmarks whose targets are long texts (UnKEBench, AKEW) or that ask for essays (LEME)."""
 
 from __future__ import annotations
 
@@ -44,14 +44,20 @@ def read_unkebench(record: Fields) -> list[Edit]:
 
 
 def read_akew(record: Fields) -> list[Edit]:
-    """Read a record of AKEW in its setting "unstructured": the target is the text ``fact_new_uns``.
+    """Read a record of AKEW for the benchmark's setting "unstructured": the target is the text ``fact_new_uns``.
 
-    The files CounterFact and WikiUpdate have one fact per record. MQuAKE-CF has one to three facts, and each of them
-    becomes an edit. The prompt is ``question`` or ``prompt_full``, or ``prompt`` if the record has neither.
+    AKEW has three files. Each record of CounterFact and WikiUpdate contains one fact. A record of MQuAKE-CF contains
+    one to three facts, and each fact becomes an edit. The prompt of an edit is ``question`` or ``prompt_full``. If
+    both are missing, it is ``prompt``.
 
-    Three kinds of portability questions ask for single facts of the text: ``structured_fact`` (the prompt and
-    ``target_new``), ``paraphrases`` (``paraphrase_prompts``, also with ``target_new``) and ``extracted_triplets``
-    (``unsfact_triplets_GPT``). Multi-hop questions and neighborhood prompts are read as in MQuAKE and CounterFact.
+    Three kinds of portability questions ask for single facts of the text:
+
+    - ``structured_fact``: the question is ``prompt``, and the answer is ``target_new``. An edit with the same
+      prompt does not get this question.
+    - ``paraphrases``: the questions are ``paraphrase_prompts``, and the answer is ``target_new``.
+    - ``extracted_triplets``: the questions and answers are in ``unsfact_triplets_GPT``.
+
+    Multi-hop questions are read as in MQuAKE, and neighborhood prompts are read as in CounterFact.
 
     References:
         "AKEW: Assessing Knowledge Editing in the Wild", arXiv 2402.18909.
@@ -89,19 +95,24 @@ def _akew_edit(record: Fields, rewrite: Fields) -> Edit:
 
 
 def _triplet_prompt(triplet: Fields) -> str:
-    """Return the prompt of an extracted triplet. A few prompts already contain the subject."""
+    """Return the prompt of an extracted triplet, with ``{}`` replaced by the subject.
+
+    A few prompts have no ``{}``, because they already contain the subject. They are returned unchanged.
+    """
     prompt = triplet.text("prompt")
     return prompt.replace("{}", triplet.text("subject")) if "{}" in prompt else prompt
 
 
 def read_leme(record: Fields) -> list[Edit]:
-    """Read a record of LEME: a record of CounterFact or ZsRE, with additional essay prompts.
+    """Read a record of LEME: a record of CounterFact or ZsRE, with additional prompts that ask for essays.
 
-    The essay prompt about the subject becomes a portability question of the kind ``essay_subject``, whose answer is the
-    new target. Evaluate it with the protocol "contains" and several hundred tokens: the essay should state the new
-    fact. The essay prompts about entities that are related to the subject (``coupled_entities``) become questions of
-    the kind ``essay_coupled_entity`` without an answer, because the benchmark judges these essays with a survey. The
-    lists of properties are not read.
+    One prompt asks for an essay about the subject. It becomes a portability question of the kind ``essay_subject``. Its
+    answer is the new target, because the essay should state the new fact. Evaluate this question with the protocol
+    "contains", and let the model generate several hundred tokens.
+
+    Other prompts ask for essays about entities that are related to the subject (``coupled_entities``). They become
+    portability questions of the kind ``essay_coupled_entity``. These questions have no answer, because the benchmark
+    rates the essays with a survey. The properties that a record lists for its entities are not read.
 
     References:
         "Long-form evaluation of model editing", arXiv 2402.09394.

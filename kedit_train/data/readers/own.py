@@ -28,7 +28,7 @@ def one_probe(record: Fields, key: str, item: object) -> Probe:
 def probes(record: Fields, key: str) -> dict[str, tuple[Probe, ...]]:
     """Read the probes in the field ``key``, and return a dict from kind to probes.
 
-    A list without kinds gets the kind "other".
+    If the field is a list instead of a mapping from kinds to lists, all probes get the kind "other".
     """
     value = record.values.get(key)
     if not record.has(key):
@@ -104,8 +104,8 @@ def write(edit: Edit) -> dict[str, Any]:
 def recognize(record: Mapping[str, Any]) -> bool:
     """Return whether the keys are those of the kedit-train format.
 
-    Records in the QAEdit format also have the key ``target``, together with ``rephrase`` or ``source``. For these
-    records, the result is False.
+    The key ``target`` also occurs in the QAEdit format. So the result is False for a record with ``rephrase`` or
+    ``source``, unless it has ``rephrases``, ``old_target`` or ``aliases``, which QAEdit does not have.
     """
     keys = set(record)
     if keys & {"rephrases", "old_target", "aliases"}:

@@ -58,7 +58,10 @@ def read_zsre(record: Fields) -> list[Edit]:
 
 
 def read_wikibigedit(record: Fields) -> list[Edit]:
-    """Read a record of WikiBigEdit, with either of the two sets of field names in the published files.
+    """Read a record of WikiBigEdit.
+
+    The published files use two different names for the same field, for example ``prompt`` and ``update``. Both names
+    are read.
 
     ``personas`` (the same question as the prompt, in the style of a persona) becomes the last rephrase. ``mhop``
     becomes a portability question of the kind ``multi_hop``.
@@ -101,7 +104,10 @@ def read_qaedit(record: Fields) -> list[Edit]:
 
 
 def is_wikibigedit(record: Mapping[str, Any]) -> bool:
-    """Return whether the keys are those of WikiBigEdit. A record may use names from both published sets of fields."""
+    """Return whether the keys are those of WikiBigEdit.
+
+    The published files use two different names for the same field. One record may mix names of both kinds.
+    """
     keys = set(record)
     own_names = keys & {"update", "ans", "mhop", "mhop_ans", "personas"}
     mixed_names = "target_new" in keys and keys & {"loc", "loc_ans", "rephrase"}

@@ -31,9 +31,9 @@ def read_counterfact(record: Fields) -> list[Edit]:
     ``paraphrase_prompts`` become rephrases. ``neighborhood_prompts`` (about other subjects, for which ``target_true``
     is also true) become locality questions of the kind ``neighborhood``, with ``target_true`` as the right answer.
 
-    ``attribute_prompts`` and ``generation_prompts`` are not read, because their answers do not show whether the edit
-    succeeded. ``attribute_prompts`` ask about other subjects, for which the new target was true before the edit.
-    ``generation_prompts`` are beginnings of free text and have no expected answer.
+    Two fields are not read. ``attribute_prompts`` ask about other subjects, for which the new target was true before
+    the edit, so their answers do not show whether the edit succeeded. ``generation_prompts`` are beginnings of free
+    text and have no expected answer.
 
     References:
         "Locating and Editing Factual Associations in GPT", arXiv 2202.05262.
@@ -57,14 +57,15 @@ def read_counterfact(record: Fields) -> list[Edit]:
 def read_mquake(record: Fields) -> list[Edit]:
     """Read a record of MQuAKE, which contains 1 to 4 edits.
 
-    If the record contains several edits, the ids of these edits are the ``case_id`` with a number: ``"17-1"``,
-    ``"17-2"``, and so on. The ``question`` of an item of ``requested_rewrite`` becomes the rephrase of that edit.
+    Each item of ``requested_rewrite`` becomes an edit, and the ``question`` of the item becomes the rephrase. If a
+    record contains several edits, their ids are the ``case_id`` with a number: ``"17-1"``, ``"17-2"``, and so on.
 
     The new answers to the multi-hop questions are right only after all edits of the record. So these questions become
-    portability probes of the last edit. The kind of the probes is ``multi_hop_edits_1`` to ``multi_hop_edits_4``. The
-    number states how many edits the questions need. For questions that need several edits, the score has no meaning
-    if each edit is made alone on the unedited model. The old multi-hop answer and the lists of single hops are not
-    read.
+    portability probes of the last edit. Their kind is ``multi_hop_edits_1`` to ``multi_hop_edits_4``, where the last
+    digit is the number of edits in the record. If a record has several edits and each edit is made alone on the
+    unedited model, the score of its multi-hop questions has no meaning.
+
+    The old multi-hop answer and the lists of single hops are not read.
 
     References:
         "MQuAKE: Assessing Knowledge Editing in Language Models via Multi-Hop Questions", arXiv 2305.14795.

@@ -64,7 +64,7 @@ def can_pad(model: Any) -> bool:
 
 
 class PromptBatch:
-    """A batch of sequences that grow during decoding: their tokens, padded on the left, and the key-value cache.
+    """The state of decoding a batch: the tokens of all sequences, padded on the left, and the key-value cache.
 
     Args:
         model: a model in evaluation mode.
@@ -101,15 +101,15 @@ class PromptBatch:
         return self.model(**inputs).logits[:, -1].float()
 
     def logits_of_targets(self, rows: Sequence[int], targets: Sequence[Sequence[int]]) -> list[Tensor]:
-        """Return the logits after each token of the given targets. Call :meth:`next_logits` first.
+        """Return the logits after each token in ``targets``. Each target continues one prompt of the batch.
 
-        The model reads the targets with a copy of the cache, so the prompt is not read again and the batch does not
-        change. :func:`can_pad` must be True for the model.
+        Call :meth:`next_logits` first, so that the cache contains the prompts. The model reads the targets with a copy
+        of this cache, and the batch does not change. :func:`can_pad` must be True for the model.
 
         Args:
-            rows: for each target, the row of its prompt. A row may be repeated.
-            targets: one list of token ids per target, without the last token, because the logits after it are not
-                needed.
+            rows: for each target, the index of its prompt in the batch. Several targets may have the same prompt.
+            targets: one list of token ids per target. The caller removes the last token of each target, because the
+                logits after the last token are not needed.
 
         Returns:
             One tensor per target, [tokens, vocabulary] in fp32.
@@ -152,7 +152,7 @@ def decode_greedily(
     *,
     pad_id: int,
 ) -> list[Continuation]:
-    """Generate the most probable tokens for each sequence until an end token or the sequence's token limit.
+    """Generate the most probable tokens for each sequence until an end token or the token limit is reached.
 
     If two tokens are equally probable, the token with the lower id is generated.
 

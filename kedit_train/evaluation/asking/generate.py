@@ -72,7 +72,7 @@ class AnswerEnd:
         self._has_stop: dict[int, bool] = {}
 
     def has_stop(self, token: int) -> bool:
-        """Return True if the token contains a text that ends the answer. Each token is decoded once."""
+        """Return True if the token contains a text that ends the answer."""
         if self.stops and token not in self._has_stop:
             text = self.tokenizer.decode([token], clean_up_tokenization_spaces=False)
             self._has_stop[token] = any(stop in text for stop in self.stops)
@@ -136,9 +136,9 @@ def generate_answers(
             that ends with "A:").
         stops: texts that end an answer, in addition to end-of-text. Default: a line break. With an empty list, an
             answer may have several lines.
-        known_starts: dict from prompt to the pair that
-            :meth:`~kedit_train.evaluation.asking.teacher_forced.TeacherForced.greedy_start` returns: the known first
-            tokens of the answer, and the smallest margin among these tokens. Known tokens are not generated again.
+        known_starts: dict from prompt to a pair: the known first tokens of the answer, and the smallest margin among
+            these tokens. Known tokens are not generated again. The pairs come from
+            :meth:`~kedit_train.evaluation.asking.teacher_forced.TeacherForced.greedy_start`.
         progress: show a progress bar in a terminal.
 
     Returns:
@@ -181,7 +181,7 @@ def generate(
     known_starts: Mapping[str, tuple[list[int], float]],
     progress: bool,
 ) -> list[Answer]:
-    """Generate answers as :func:`generate_answers` does. Errors name the component that calls this function."""
+    """Generate answers as :func:`generate_answers` does. The caller sets the name in front of error messages."""
     inner: Any = unwrap_model(model)
     if isinstance(max_new_tokens, int) and max_new_tokens < 1:
         raise EditError(f"max_new_tokens must be >= 1, got {max_new_tokens}.")

@@ -37,13 +37,13 @@ def target_logits(
 
     Args:
         model: a model in evaluation mode. The caller disables gradients.
-        sequences: the token ids of each text, with the index of the first target token.
+        sequences: the texts as token ids. Each of them also contains the index of its first target token.
         pad_id: the id of the padding token.
         batch_size: maximum number of sequences per batch.
 
     Yields:
-        One tuple per batch: the indices in ``sequences``, the logits of each sequence ([target tokens, vocabulary] in
-        fp32), and the labels of each sequence ([target tokens]).
+        One tuple per batch, with three lists. They contain, for each sequence of the batch, its index in ``sequences``,
+        its logits ([target tokens, vocabulary] in fp32) and its labels ([target tokens]).
     """
     order = sorted(range(len(sequences)), key=lambda i: (-len(sequences[i].input_ids), sequences[i].input_ids))
     can_select = accepts_argument(model, "logits_to_keep") and not uses_prompt_learning(model)

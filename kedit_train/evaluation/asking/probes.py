@@ -33,13 +33,13 @@ class ProbeRequest:
         question: what the prompt measures: "reliability", "generality", "portability", "locality", "resurgence",
             "fluency", "overlap" or "retrieval".
         kind: the kind of prompt within ``question``: "prompt", "rephrase", "prefix", "format", "negation", "choice",
-            "continuation", or a kind that the data names. A "retrieval" prompt is a copy of another prompt, with the
-            new fact of the edit in front. Its ``kind`` is the ``question`` of that other prompt.
+            "continuation", or a kind that the data names. A "retrieval" prompt repeats another prompt with the new
+            fact of the edit in front. Its ``kind`` is the ``question`` of the repeated prompt.
         prompt: the prompt, before a chat template is applied.
         accepted: every answer that counts as right, starting with the preferred answer; may be empty.
         old_target: the right answer before the edit. None if this answer is unknown.
-        new_target: for a locality prompt, the new answer of the edit, which must not become more probable than the
-            right answer. Otherwise None.
+        new_target: the new answer of the edit if ``question`` is "locality", otherwise None. After a locality prompt,
+            this answer must not become more probable than the right answer.
     """
 
     edit: str
@@ -67,14 +67,15 @@ def probe_requests(
         name: the name of the edit in the results.
         metrics: the extra metrics of :class:`~kedit_train.evaluation.EvaluationOptions`. "prefixes" adds two probes.
             Each of these probes puts a random sentence from ``prefixes`` in front of the edit's prompt. "format" adds
-            one probe: a completion is rewritten as a question, and a question as a completion. "resurgence" adds three
-            probes: one denies the old answer ("Built on Sand", arXiv 2510.00625), and two offer the old and the new
-            answer as a choice, once in each order. "fluency" adds a long continuation of the prompt.
-            "overlap" asks the prompt and each rephrase again, for an answer as long as the target.
+            one probe: the edit's prompt as a question if it is an incomplete sentence, or as an incomplete sentence if
+            it is a question. "resurgence" adds three probes if the old answer is known: one denies the old answer
+            ("Built on Sand", arXiv 2510.00625), and two offer the old and the new answer as a choice, once in each
+            order. "fluency" adds one probe, which measures a long continuation of the edit's prompt. "overlap" adds
+            one probe for the edit's prompt and one for each rephrase. Their answers may be as long as the target.
         prefixes: the sentences for "prefixes".
         seed: seed for drawing the prefixes. The draw also depends on ``name``.
-        prompt_format: the format of the prompts. With the format "question", the metric "format" rewrites every prompt
-            as a completion.
+        prompt_format: the format of the prompts. With "question", the probe of "format" is always an incomplete
+            sentence.
     """
 
     def new(question: str, kind: str, prompt: str) -> ProbeRequest:

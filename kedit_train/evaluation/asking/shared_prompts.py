@@ -131,7 +131,7 @@ def _score(
     pairs: Sequence[tuple[int, tuple[str, str]]],
     labels: Mapping[tuple[str, str], list[int]],
 ) -> Scores:
-    """Return the scores of the targets of one batch. ``pairs``: (row of the prompt, (prompt, target)) per target."""
+    """Return the scores of the targets of one batch. Each item of ``pairs`` is (prompt's row, (prompt, target))."""
     scores: Scores = {}
     for length, group in groupby(sorted(pairs, key=lambda one: len(labels[one[1]])), key=lambda o: len(labels[o[1]])):
         for part in split_into_batches(list(group), max(1, MAX_LOGITS // (length * vocabulary_size(batch.model)))):

@@ -3,8 +3,8 @@
 Most of the editing literature reports this score, so it is kept for comparison. Teacher forcing overestimates the
 success of an edit (Yang et al., "The Mirage of Model Editing", arXiv 2502.11177), because each token is predicted after
 the correct earlier tokens. In :mod:`~kedit_train.evaluation.asking.generate`, the model generates its answers freely.
-The teacher-forced pass also shows how greedy generation begins, up to and including the first token that differs from
-the target.
+A teacher-forced pass also gives the first tokens of the greedy answer, up to and including the first token that differs
+from the target. An evaluation uses them, so that they need not be generated again.
 """
 
 from __future__ import annotations
@@ -59,10 +59,10 @@ class TeacherForced:
         return sum(self.log_probs) / len(self.log_probs)
 
     def greedy_start(self, is_end: Callable[[int], bool]) -> tuple[list[int], float]:
-        """Return the tokens that greedy generation would begin with, and the smallest margin among them.
+        """Return the known first tokens of the greedy answer, and the smallest of their ``margins``.
 
-        The tokens end with the first token that differs from the target, or with the first token for which ``is_end``
-        returns True.
+        The last known token is the first one that differs from the target or for which ``is_end`` returns True. If
+        there is no such token, all tokens of the target are returned.
         """
         correct = (*self.correct, *(() if self.end_correct is None else (self.end_correct,)))
         count = 0

@@ -17,9 +17,9 @@ def after_thoughts(tokenizer: Any, ids: Sequence[int], *, ended: bool) -> list[i
         ended: True if the model ended the text, False if a limit on the number of tokens cut the text.
 
     Returns:
-        The tokens after the first ``</think>``. If the text contains neither ``<think>`` nor ``</think>`` and the model
-        ended the text, the model did not think. In this case, the result contains all tokens. In all other cases, the
-        result is empty.
+        The tokens after the first ``</think>``, or an empty list if there is no ``</think>``. There is one exception:
+        if the model ended a text with neither ``<think>`` nor ``</think>``, it did not think, and the result contains
+        all tokens.
     """
     ids = list(ids)
 

@@ -1,8 +1,8 @@
 """The parts of an HTML report: the frame of the page, its style, tables and key figures.
 
-A page is one file without scripts and without links to other files. All texts are escaped by the functions of this
-module, except arguments that are described as HTML. Colors are semi-transparent or inherited, so that a page and the
-same content in a notebook are readable on light and on dark backgrounds.
+A page is one file without scripts and without links to other files. The functions of this module escape plain text.
+They do not escape arguments that are described as HTML. Colors are semi-transparent or inherited, so that a page and
+the same content in a notebook are readable on light and on dark backgrounds.
 """
 
 from __future__ import annotations
@@ -118,8 +118,8 @@ def table(
     """Return a table.
 
     Args:
-        head: the cells of the first row. A cell below without a style of its own has the style of the cell in the first
-            row of its column.
+        head: the cells of the first row. The style of each cell also applies to its column, except to cells with a
+            style of their own.
         rows: the cells of the other rows.
         styles: class of each of the other rows: "part", "strong" or an empty text. Default: no row has a class.
         cards: on narrow screens, show each row as a list of lines "column: cell".

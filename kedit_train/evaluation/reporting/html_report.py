@@ -34,10 +34,10 @@ def render_html(report: ReportData, answers: int, norms: Mapping[str, Mapping[st
 
     Args:
         report: the report.
-        answers: maximum number of rows in each of three tables: the edits, the rephrased prompts without the
-            new answer, and the changed answers to other prompts.
-        norms: the norms of the weight change per tensor, as ``EditDelta.norms`` returns them. None: the norms that the
-            evaluation measured, if the evaluation was given the weights before the edit.
+        answers: maximum number of rows in each of three tables: the edits, the rephrased prompts to which the
+            model does not give the new answer, and the locality prompts whose answers changed.
+        norms: the norms of the weight change per tensor, as ``EditDelta.norms`` returns them. Default: the norms that
+            the evaluation measured, if it was given the weights before the edit.
     """
     by_tensor = report.meta.get(BY_TENSOR, {}) if norms is None else norms
     parts = [*_scores(report), *_positions(report), *_answers(report, answers), *drift_section(by_tensor)]

@@ -1,4 +1,4 @@
-"""The norm of the weight change per layer, from the norms per tensor."""
+"""Compute the norm of the weight change of each layer from the norms of its tensors."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def layer_of(name: str) -> int | None:
 
 
 def drift_by_layer(norms: Mapping[str, Mapping[str, Any]]) -> list[LayerDrift]:
-    """Combine the norms of tensors to one value per layer, sorted by layer. Tensors without a layer come first.
+    """Combine the norms of tensors into one value per layer, sorted by layer. Tensors without a layer come first.
 
     Args:
         norms: dict from tensor name to a dict with the norm of the change ("change") and the norm before the change

@@ -87,9 +87,9 @@ def _data_hash(edits: Sequence[Edit]) -> str:
 
 
 def _count_unscored(results: Sequence[ProbeResult], against_unedited: bool) -> dict[str, int]:
-    """Count, per metric, the probes that have no generated score because they have no accepted answer.
+    """Count, per metric, the probes without an accepted answer. They have no generated score.
 
-    Locality probes need no accepted answer if the unedited model's answers are known.
+    Locality probes are not counted if they are compared with the unedited model's answers.
     """
     counts: dict[str, int] = {}
     for result in results:

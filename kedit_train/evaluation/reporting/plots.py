@@ -76,8 +76,9 @@ def reliability_locality(reports: Mapping[str, ReportData], path: str | os.PathL
     """Plot each report as a point: reliability on the x-axis, locality on the y-axis, with 95 % intervals.
 
     The best edit is in the upper right corner. If a report contains the scores of the unedited model, a cross shows
-    the unedited model. In such a report, locality is the fraction of answers that equal the unedited model's answer.
-    So the cross always has locality 1.
+    the unedited model. The cross is drawn at locality 1, because locality is the fraction of answers that equal the
+    unedited model's answers. With the protocol "probability", locality is measured against the true answers instead.
+    The cross is still drawn at 1 and does not show the unedited model's locality.
 
     Args:
         reports: dict from label to report. All reports must be on the same edits.

@@ -32,7 +32,7 @@ _REST = (
 
 
 def protocol_note(report: ReportData) -> str:
-    """Return a note with the name of the headline protocol and the rule by which this protocol judges an answer."""
+    """Return a note with the name of the report's first protocol and the rule by which it judges an answer."""
     protocols = report.protocols
     # No reason is shown for the default protocol.
     reason = protocols.reason if protocols.headline != EXACT.headline else ""
@@ -80,9 +80,9 @@ class ScoreLine:
 
     @property
     def basis(self) -> Score:
-        """The score of the edited model if it has probes, otherwise the score of the unedited model.
+        """The score whose interval and number of probes are shown in the line.
 
-        The line shows the interval and the number of probes of this score.
+        This is the edited model's score. If that score was measured on no probe, it is the unedited model's score.
         """
         return self.edited if self.edited.n else self.unedited
 

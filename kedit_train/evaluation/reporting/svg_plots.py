@@ -55,9 +55,9 @@ def interval_bar(edited: Score, unedited: Score) -> str:
 
 
 def layer_bars(layers: Sequence[LayerDrift]) -> str:
-    """Return one horizontal bar per layer. Its length is the relative change of the layer.
+    """Return one horizontal bar per layer. The bars show the relative change of each layer.
 
-    If the relative change of a layer is unknown, the length of every bar is the norm of the change.
+    If the relative change of at least one layer is unknown, all bars show the norm of the change instead.
     """
     relative = all(layer.relative is not None for layer in layers)
     values = [(layer.relative if relative else layer.change) or 0.0 for layer in layers]
@@ -77,7 +77,7 @@ def layer_bars(layers: Sequence[LayerDrift]) -> str:
 
 
 def scatter(points: Sequence[Point], x_label: str, y_label: str) -> str:
-    """Return points in the square from 0 to 1. Later points are drawn on top of earlier points."""
+    """Return a scatter plot. Both axes go from 0 to 1, and later points are drawn on top of earlier points."""
     parts = [_frame([(value, f"{value:g}") for value in (0, 0.25, 0.5, 0.75, 1)], x_label, y_label)]
     for point in points:
         x, y = _place(point.x, point.y)
@@ -89,10 +89,12 @@ def scatter(points: Sequence[Point], x_label: str, y_label: str) -> str:
 
 
 def curves(scores: Mapping[str, Mapping[int, Score]], x_label: str) -> str:
-    """Return one curve per name, over equally spaced positions, with 95 % intervals as vertical lines.
+    """Return a plot with one curve per name. Vertical lines show the 95 % intervals.
+
+    The numbers on the horizontal axis are equally spaced, whatever their values are.
 
     Args:
-        scores: dict from name to a dict from the number on the horizontal axis to the score.
+        scores: dict from the name of a curve to its points: a dict from the number on the horizontal axis to the score.
         x_label: label of the horizontal axis.
     """
     numbers = sorted({number for curve in scores.values() for number in curve})

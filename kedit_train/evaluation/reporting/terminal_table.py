@@ -28,8 +28,8 @@ def render_report(report: ReportData, answers: int) -> Group:
 
     Args:
         report: the report.
-        answers: maximum number of rows in each of three tables: the edits, the rephrased prompts without the
-            new answer, and the changed locality answers.
+        answers: maximum number of rows in each of three tables. They show the edits, the rephrased prompts to which the
+            model does not give the new answer, and the locality prompts whose answer the edit changed.
     """
     parts: list[Any] = [_scores_table(report), Text(), Text(table_note(report), style="dim")]
     positions = report.metrics.get("positions", {})

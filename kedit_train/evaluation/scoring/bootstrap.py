@@ -44,9 +44,11 @@ def cluster_bootstrap(totals: Tensor, counts: Tensor, *, seed: int = 0, resample
     """Compute bootstrap percentile intervals of ``sum(totals) / sum(counts)`` for M metrics, by resampling edits.
 
     Each edit is drawn together with all its probes, because the probes of one edit tend to succeed or fail together.
-    Resampling single probes would make every interval too narrow. If all edits have the same score (all 0 or all 1),
-    the interval has zero width. The true score is still uncertain: if all n edits succeed, the upper 95 % confidence
-    bound of the error rate is about 3 / n.
+    Resampling single probes would make every interval too narrow.
+
+    If all edits have the same score (all 0 or all 1), the interval has zero width, but the true score is still
+    uncertain. For example, if all n edits succeed, the true fraction of failing edits can be up to about 3 / n (upper
+    95 % confidence bound).
 
     Args:
         totals: [edits, M], the sum of each edit's values.
@@ -88,7 +90,7 @@ def sums_per_edit(edits: Sequence[int], values: Sequence[float | bool], *, n_edi
         n_edits: number of edits.
 
     Returns:
-        Two tensors of shape [edits].
+        The sums and the numbers, two tensors of shape [n_edits].
     """
     index = torch.tensor(list(edits), dtype=torch.int64)
     added = torch.tensor([float(value) for value in values], dtype=torch.float64)
@@ -97,7 +99,10 @@ def sums_per_edit(edits: Sequence[int], values: Sequence[float | bool], *, n_edi
 
 
 def mean_score(values: Sequence[float | bool], seed: int = 0) -> Score:
-    """Return the mean of values on this process, with a bootstrap interval. Each value counts as an edit of its own."""
+    """Return the mean of the values, with a bootstrap interval over the values.
+
+    Only the given values are used. Values of other processes are not gathered.
+    """
     return scores_of_sums([sums_per_edit(range(len(values)), values, n_edits=len(values))], seed)[0]
 
 

@@ -1,8 +1,8 @@
 """``CapabilityProbe``: measure the general ability of a model, independently of its edits.
 
-If the weights are changed for one edit after another, a model loses general ability after few edits, even if the edit
-scores are high ("Navigating the Dual Facets", arXiv 2402.11122). Therefore, general ability is measured together with
-the edit scores, on the same model and after the same number of edits.
+After a few sequential edits of its weights, a model loses general ability, even if the edit scores are high
+("Navigating the Dual Facets", arXiv 2402.11122). Therefore, general ability is measured together with the edit scores,
+on the same model and after the same number of edits.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ class Capability:
         agreement: the fraction of prompts to which both the model and the unedited model give the same greedy answer.
         tasks: dict from "<task>/<metric>" to the score of lm-eval, and from "ability/<name>" to the scores of the
             built-in items.
-        answers: dict from prompt to answer, for the comparison with the edited model. Kept in memory only.
+        answers: dict from prompt to this model's answer. For the unedited model, ``agreement`` compares the edited
+            model's answers with them. Kept in memory only.
         distributions: dict from prompt to the unedited model's next-token distributions, for ``kl``. Kept in memory
             only.
     """
@@ -60,7 +61,8 @@ class Capability:
 class CapabilityProbe:
     """Measure a model's general ability before and after an edit, on texts and prompts unrelated to the edit.
 
-    Without lm-eval tasks, one measurement costs one forward pass per text and one short answer per prompt.
+    For one measurement, the model reads every text and generates one short answer per prompt. It then reads the
+    prompts again with the unedited model's answers, for the KL divergence. ``tasks`` and ``abilities`` cost extra.
 
     Args:
         texts: texts unrelated to the edits: a list of strings, a path, a dataset, or "world" (the bundled texts).
@@ -74,7 +76,8 @@ class CapabilityProbe:
         progress: show progress bars in a terminal.
 
     Raises:
-        EditError: there are no texts, or there are no ``prompts`` and no text has the two words that a prompt needs.
+        EditError: there are no texts, or there is no prompt. There is no prompt if ``prompts`` is empty, or if it is
+            None and every text has fewer than two words.
 
     Example:
         >>> from kedit_train import world
@@ -111,8 +114,8 @@ class CapabilityProbe:
             self.prompts: list[str] = list(dict.fromkeys(text_beginnings(self.texts) if prompts is None else prompts))
             if not self.prompts:
                 raise EditError(
-                    "if prompts is None or empty, texts must contain at least one text with two or more words; add a "
-                    "longer text, or pass at least one prompt."
+                    "there is no prompt; pass at least one prompt, or leave out prompts and pass at least one text "
+                    "with two or more words."
                 )
         self.tasks: LmEvalTasks = tasks if isinstance(tasks, LmEvalTasks) else LmEvalTasks(list(tasks))
         self.items: list[AbilityItem] = ability_items() if abilities else []
@@ -127,7 +130,8 @@ class CapabilityProbe:
         Args:
             model: the model. It is left unchanged.
             tokenizer: the model's tokenizer.
-            unedited: the result of this ``CapabilityProbe`` on the unedited model. None: no ``kl`` and ``agreement``.
+            unedited: the result of this ``CapabilityProbe`` on the unedited model. None: ``kl`` and
+                ``agreement`` are not measured.
 
         Raises:
             EditError: ``unedited`` was measured on different prompts.

@@ -1,4 +1,4 @@
-"""Compare the results of the edited model with those of the unedited model, and score each probe under a protocol."""
+"""Compare the edited model's answers with the unedited model's answers, and compute the score of each probe."""
 
 from __future__ import annotations
 
@@ -49,18 +49,19 @@ def compare_with_unedited(
 
 
 def _open_question(result: ProbeResult) -> str:
-    """Return "fluency" or "overlap" for a result of one of these metrics, otherwise an empty text.
+    """Return ``result.question`` if it is "fluency" or "overlap", otherwise an empty string.
 
-    These two metrics generate their own longer answers. All other questions share one answer per prompt.
+    For "fluency" and "overlap", the model generates separate, longer answers. For all other questions, it generates one
+    answer per prompt, which all probes with this prompt share.
     """
     return result.question if result.question in OPEN else ""
 
 
 def compare_answers(before: ProbeResult, after: ProbeResult, protocols: Protocols, judge: Judge) -> ProbeResult:
-    """Return a copy of ``after`` to which the unedited model's result is added.
+    """Return a copy of ``after`` with the unedited model's answer and the scores that compare both models' answers.
 
-    Two things are added: the unedited model's answer, with the judgment whether it is right, and the scores that
-    compare this answer with the edited model's answer.
+    The field ``before`` contains the unedited model's answer, and ``right_before`` says whether this answer is right.
+    The scores are ``tokens_kept``, ``choices_kept``, ``unchanged`` and ``same_answer``.
     """
     right_before = is_right(protocols.headline, replace(before, accepted=after.accepted), judge)
     compared = replace(

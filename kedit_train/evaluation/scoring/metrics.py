@@ -36,7 +36,10 @@ _NAMED = ("leading", "exact", "wild", "probability")
 
 
 class _Values:
-    """Collects values by their path in the report. Each value is stored with the number of its edit."""
+    """Collects the values from which each score is computed. Each value is stored with the number of its edit.
+
+    A score is named by its path in the report, for example ``("locality", "right")``.
+    """
 
     def __init__(self, edits: Sequence[str], seed: int) -> None:
         self.numbers = {edit: i for i, edit in enumerate(edits)}
@@ -69,16 +72,16 @@ def summarize(
     Reliability, generality, portability and locality each have the scores below. The preferred answer of a probe is the
     first of its accepted answers.
 
-    - ``generated``: the headline score, under the report's first protocol. With the default protocols, it is the
-      fraction of probes whose generated answer is right. For locality with ``against_unedited``, it is the fraction of
-      answers that are equal to the unedited model's answers;
+    - ``generated``: the headline score, which is the score under the report's first protocol. With the default protocol
+      "exact", it is the fraction of probes whose generated answer is right. If ``against_unedited`` is True, locality
+      under "exact" is instead the fraction of answers that are equal to the unedited model's answers;
     - ``leading``, ``exact``, ``wild`` and ``probability``: the scores under these protocols. Only the protocols in
       ``protocols`` have a score. If "exact" is the only protocol, its score is ``generated``, and the key ``exact`` is
       missing;
-    - ``magnitude`` (with the protocol "probability"): the probability per token of the preferred answer minus that of a
-      rival, averaged over the probes. For reliability and generality, the preferred answer is the edit's new answer,
-      and the rival is the old answer. For locality, the preferred answer is the right answer to the probe, which is
-      about another fact, and the rival is the edit's new answer;
+    - ``magnitude`` (with the protocol "probability"): a difference of two probabilities per token, averaged over the
+      probes. For reliability and generality, it is the probability of the edit's new answer minus the probability of
+      the old answer. For locality, whose probes are about other facts, it is the probability of the right answer minus
+      the probability of the edit's new answer;
     - ``contains``: the fraction of answers that contain an accepted answer;
     - ``teacher_forced``: the mean fraction of the preferred answer's tokens that are ranked first;
     - ``teacher_forced_exact``: the fraction of probes where all tokens of the preferred answer are ranked first;
@@ -86,28 +89,30 @@ def summarize(
       the tokens of a probe and then over the probes;
     - ``ended``: the fraction of answers that the model ended itself. It has no value if the protocols generate only the
       first tokens of an answer;
-    - ``by_kind`` (not for reliability): all scores above, for each kind of probe. The generality scores outside
-      ``by_kind`` include only rephrasings, so they do not depend on the extra metrics.
+    - ``by_kind`` (not for reliability): all scores above, for each kind of probe. Extra metrics add kinds of generality
+      probes, for example prompts with a prefix. These kinds have scores only in ``by_kind``. All other generality
+      scores are computed from the rephrases alone.
 
     The result also contains these scores:
 
     - ``locality.right``: the fraction of locality probes with a right answer, even if the edit changed the answer;
     - ``locality.kept_right``: as ``locality.right``, but only for the probes that the unedited model answered
       correctly;
-    - ``locality.tokens_kept``: the first tokens of both models' answers are compared. The score is the mean fraction
-      of the unedited model's tokens that come before the first difference;
+    - ``locality.tokens_kept``: how much of the beginning of the answers stays the same: the mean fraction of the
+      unedited model's first tokens that come before the first difference between both models' answers;
     - ``locality.same_answer``: the fraction of whole answers that are equal to the unedited model's answers;
     - ``probability.harmonic_mean``: the harmonic mean of three scores: the "probability" scores of reliability,
       generality and locality. CounterFact calls this mean S;
-    - ``retrieval``: the headline scores of the unedited model with the new fact in the prompt, per metric;
+    - ``retrieval``: the headline scores that the unedited model reaches if the new fact is written in front of the
+      prompt, one score each for reliability, generality, portability and locality;
     - ``locality.kl``: the mean KL divergence from the unedited model, in nats per token;
     - ``positions``: accuracy, loss and probability of the edits' targets by token position, with the keys "1", "2" and
       so on;
     - ``resurgence``: how often the old answer is generated (``says_old``), and how often it is more probable than the
       new answer (``prefers_old``), by kind of probe;
     - ``fluency``: entropy and repetition of the continuations of the edits' prompts;
-    - ``overlap``: ROUGE-L of the texts that the model generates, against the whole targets, for the edits' own prompts
-      (``prompt``) and for their rephrases (``rephrase``).
+    - ``overlap``: ROUGE-L between the generated texts and the whole targets, for the edits' own prompts (``prompt``)
+      and for their rephrases (``rephrase``).
 
     Args:
         results: the results of all probes.
@@ -116,7 +121,8 @@ def summarize(
         seed: seed of the bootstrap over edits.
 
     Returns:
-        A nested dict whose leaves are :class:`~kedit_train.evaluation.Score` objects.
+        A nested dict whose leaves are :class:`~kedit_train.evaluation.Score` objects. The one exception is
+        ``locality.compared_with``, which is "unedited model" or "truth".
     """
     values = _Values(list(dict.fromkeys(result.edit for result in results)), seed)
     metrics: dict[str, Any] = {}

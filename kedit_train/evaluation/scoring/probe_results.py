@@ -31,10 +31,10 @@ OPEN = ("fluency", "overlap")
 class ProbeResult(ProbeRequest):
     """One evaluation prompt (probe) with the model's answer and scores.
 
-    The fields of :class:`ProbeRequest` come first. Two of them are used below. ``accepted`` contains all answers that
-    count as right, starting with the preferred answer. ``new_target`` is the edit's new answer. It is set only on
-    locality probes, because it must not become more probable there than the right answer. On all other probes, it is
-    None.
+    The fields of :class:`ProbeRequest` come first. ``accepted`` contains all answers that count as right. The first of
+    them is called the preferred answer. ``new_target`` is the edit's new answer on a locality probe, and None on all
+    other probes. A locality probe is about another fact, so the edit must not make ``new_target`` more probable than
+    the right answer.
 
     Args:
         answer: the generated answer.
@@ -51,11 +51,10 @@ class ProbeResult(ProbeRequest):
         token_log_probs: for each token of the preferred answer, the log-probability under teacher forcing.
         choices: on locality probes with the protocol "teacher_forced", the token that is ranked first at each position
             of the preferred answer.
-        first_tokens: on locality probes, the ids of the first n tokens of the answer, where n is the number of tokens
-            in the preferred answer, but at least 3. If the answer ends before it has n tokens, the last id is -1, which
-            marks the end of the answer.
-        tokens_kept: fraction of ``first_tokens`` that both models share, counted up to the first difference. The
-            denominator is the number of the unedited model's ``first_tokens``.
+        first_tokens: on locality probes, the ids of the answer's first tokens: as many as the preferred answer has, but
+            at least 3. If the answer ends earlier, the last id is -1, which marks the end of the answer.
+        tokens_kept: the fraction of the unedited model's ``first_tokens`` that come before the first difference between
+            both models.
         choices_kept: the fraction of ``choices`` that are equal to the unedited model's choices.
         same_answer: True if the whole answers of both models are equal after normalization. None if the protocols do
             not generate whole answers.
@@ -139,11 +138,11 @@ def answer_requests(
 ) -> tuple[list[ProbeResult], dict[str, Answer]]:
     """Generate the model's answer to every probe, and score the preferred answer under teacher forcing.
 
-    If "exact" is the only protocol, a teacher-forced pass comes first. It gives the beginning of the generated answer,
-    up to and including the first token that differs from the preferred answer. Only the tokens after this token are
-    generated. With other protocols, one pass over each prompt gives both the teacher-forced scores and the generated
-    answer. A model for which ``can_share_prompts`` is False always runs as with "exact". A probe without an accepted
-    answer has no teacher-forced score.
+    If "exact" is the only protocol, or if ``can_share_prompts(model)`` is False, the model reads each prompt twice:
+    first for the teacher-forced scores, then to generate the answer. The teacher-forced pass already shows the
+    beginning of the generated answer, up to and including the first token that differs from the preferred answer. So
+    only the tokens after it are generated. In all other evaluations, the model reads each prompt once, both for the
+    teacher-forced scores and to generate the answer. A probe without an accepted answer has no teacher-forced score.
 
     Args:
         model: the model. It is left unchanged.
@@ -226,7 +225,7 @@ def _ask_together(
 
 
 def _rival(request: ProbeRequest, options: EvaluationOptions, protocols: Protocols) -> str | None:
-    """Return the answer whose probability is compared with that of the preferred answer. None: no comparison."""
+    """Return the rival, an answer that should be less probable than the preferred answer. None: there is no rival."""
     if "probability" in protocols.names and request.accepted:
         if request.new_target not in (None, request.accepted[0]):
             return request.new_target
@@ -249,7 +248,7 @@ def _short_limits(tokenizer: Any, requests: Sequence[ProbeRequest]) -> dict[str,
 
 
 def _open_limits(tokenizer: Any, requests: Sequence[ProbeRequest]) -> dict[str, int]:
-    """Return how many tokens to generate for each prompt that is answered with an open text."""
+    """Return how many tokens to generate for each prompt of the metrics "fluency" and "overlap"."""
     limits: dict[str, int] = {}
     for request in requests:
         lengths = [len(encode_continuation(tokenizer, f" {answer}")) + MARGIN for answer in request.accepted]

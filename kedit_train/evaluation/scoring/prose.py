@@ -40,9 +40,10 @@ class TextResult:
 
 @dataclass
 class _Reader:
-    """Reads the logits of each window of the texts. Records distributions, or compares with recorded distributions.
+    """Reads the logits of each window of the texts, and compares the predictions with ``reference``.
 
-    A window is a part of a text that fits into the model's context; see :func:`text_losses`.
+    If ``reference`` is None, it records the next-token distributions instead. A window is a part of a text that fits
+    into the model's context; see :func:`text_losses`.
     """
 
     texts: Sequence[str]
@@ -83,23 +84,23 @@ def measure_prose(
     batch_size: int = 64,
     progress: bool = False,
 ) -> tuple[list[TextResult], dict[str, Distribution]]:
-    """Measure a model's loss on texts, and record its next-token distributions or compare them with ``reference``.
+    """Measure a model's loss on texts, and compare its next-token distributions with the unedited model's.
 
-    On the unedited model, leave out ``reference``: the function records the model's next-token distributions. On the
-    edited model, pass the recorded distributions as ``reference``: the function compares the two models.
+    Call the function on the unedited model first, without ``reference``. It then records the next-token distributions
+    of this model. On the edited model, pass the recorded distributions as ``reference``.
 
     Args:
         model: a causal language model. It is left unchanged.
         tokenizer: the model's tokenizer.
         texts: the texts.
-        reference: the distributions that this function recorded on the unedited model. None: the distributions of
-            ``model`` are recorded for at most 20,000 tokens. Texts without a recorded distribution have no KL
-            divergence and no agreement.
+        reference: the distributions that this function recorded on the unedited model, for at most 20,000 tokens. Texts
+            without a recorded distribution have no KL divergence and no agreement. None: nothing is compared, and the
+            distributions of ``model`` are recorded.
         batch_size: windows per forward pass.
         progress: show a progress bar in a terminal.
 
     Returns:
-        One result per text, and the recorded distributions.
+        One result per text, and the recorded distributions (an empty dict if ``reference`` is given).
     """
     reader = _Reader(texts, reference)
     losses = text_losses(model, tokenizer, texts, batch_size=batch_size, progress=progress, visit=reader)

@@ -49,7 +49,8 @@ class Protocols:
 
     Args:
         names: the protocols. The first one gives the headline scores.
-        reason: why these protocols were chosen, as the text after "chosen because". Empty if the user chose them.
+        reason: why these protocols were chosen. Reports show it after the words "chosen because". Empty if the user
+            chose the protocols.
     """
 
     names: tuple[Protocol, ...] = ("exact",)
@@ -146,11 +147,14 @@ def is_right(protocol: str, result: Any, judge: Callable[[str, Sequence[str]], b
 def is_unchanged(protocol: str, result: Any) -> bool:
     """Return whether an answer is the unedited model's answer to the same prompt.
 
-    With "exact", the first lines of both answers are compared after normalization. With "wild", the texts before the
-    first full stop or line break are compared in the same way. With "teacher_forced", if the probe has a preferred
-    answer, the comparison uses the token that each model ranks first at each position of this answer. In all other
-    cases, only the first generated tokens are compared. Their number is the number of tokens in the preferred answer,
-    but at least 3. If ``result`` does not contain these tokens, the answers are compared as with "exact".
+    The protocol decides what must be equal for both models:
+
+    - "exact": the first line of the answer, after normalization;
+    - "wild": the text before the first full stop or line break, after normalization;
+    - "teacher_forced": the token that the model ranks first at each position of the preferred answer. If the probe has
+      no preferred answer, the rule of "leading" applies;
+    - "leading", "contains" and "probability": the first generated tokens, as many as the preferred answer has, but at
+      least 3. If ``result`` does not contain these tokens, the rule of "exact" applies.
 
     Args:
         protocol: the name of the protocol.

@@ -16,10 +16,10 @@ _FIRST_LINE = ("leading", "exact", "wild")
 
 
 def warn_unreachable(edits: Sequence[tuple[str, Edit]], protocols: Protocols, judge: Judge) -> None:
-    """Warn for each protocol that does not count an edit as right even if the model generates exactly the target.
+    """Warn if a protocol counts an edit as wrong even if the model generates exactly the target.
 
     Only targets with a line break are checked. "wild" also ends answers at a full stop. There is no warning about full
-    stops, because they are part of the definition of "wild".
+    stops, because they are part of the definition of "wild". There is one warning per protocol.
 
     Args:
         edits: pairs of a name and an edit.
@@ -30,13 +30,13 @@ def warn_unreachable(edits: Sequence[tuple[str, Edit]], protocols: Protocols, ju
         wrong = [edit.target for _, edit in edits if "\n" in edit.target and not is_right(protocol, _own(edit), judge)]
         if wrong:
             warn(
-                f'the protocol "{protocol}" ends each answer at the first line break, so {len(wrong)} of {len(edits)} '
-                "edits never count as right, because their targets contain a line break (the first of these targets "
-                f"is {cut(repr(wrong[0]), 100)}); remove the line breaks from the targets, or set "
+                f'the protocol "{protocol}" ends each answer at the first line break. Therefore, {len(wrong)} of '
+                f"{len(edits)} edits never count as right: their targets contain a line break (first target: "
+                f"{cut(repr(wrong[0]), 100)}). Remove the line breaks from the targets, or set "
                 'protocol="contains" in EvaluationOptions.'
             )
 
 
 def _own(edit: Edit) -> SimpleNamespace:
-    """Return the part of a ``ProbeResult`` that :func:`is_right` reads, with the target as the answer."""
+    """Return a result for :func:`is_right` whose answer is exactly the edit's target."""
     return SimpleNamespace(answer=edit.target, accepted=(edit.target, *edit.aliases))

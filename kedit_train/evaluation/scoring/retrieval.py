@@ -29,9 +29,9 @@ def retrieval_requests(edits: Mapping[str, Edit], results: Sequence[ProbeResult]
         results: the results of the unedited model.
 
     Returns:
-        A list of pairs (index, probe). The probe repeats the probe of ``results[index]`` with the new fact in front of
-        the prompt. Its ``question`` is "retrieval", and its ``kind`` is ``results[index].question``. Only results for
-        reliability, generality (rephrasings), portability and locality get a pair.
+        A list of pairs (index, probe). The probe is a copy of the probe of ``results[index]``, with the new fact in
+        front of the prompt. The ``question`` of the copy is "retrieval". The ``kind`` of the copy is the ``question``
+        of the original. Only results for reliability, generality (rephrasings), portability and locality get a pair.
     """
     names = [field.name for field in fields(ProbeRequest)]
     requests = []
@@ -47,13 +47,16 @@ def retrieval_requests(edits: Mapping[str, Edit], results: Sequence[ProbeResult]
 def compare_with_own_answers(
     base: Sequence[ProbeResult], with_fact: Sequence[ProbeResult], protocols: Protocols, judge: Judge
 ) -> list[ProbeResult]:
-    """Compare the answers to prompts that contain the fact with the answers to the prompts without the fact.
+    """Compare the answer to each prompt with the fact in front to the answer to the same prompt without the fact.
 
     Args:
-        base: the results of the prompts without the fact, in the order of ``with_fact``.
-        with_fact: the results of the prompts that contain the fact.
+        base: the unedited model's results for the prompts without the fact.
+        with_fact: the unedited model's results for the same prompts with the fact, in the same order.
         protocols: the protocols of the evaluation.
         judge: function that decides under the protocol "exact" whether an answer is right.
+
+    Returns:
+        Copies of ``with_fact`` to which the answers without the fact and the scores of the comparison are added.
     """
     return [
         replace(compare_answers(before, after, protocols, judge), right_before=None)

@@ -1,4 +1,4 @@
-"""Split the edits, plan the rungs of successive halving, and pick a setting. No function here needs a model."""
+"""Split the edits, plan the rounds of successive halving, and pick a setting. No function here needs a model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from kedit_train.edit import Edit
 from kedit_train.errors import EditError
 from kedit_train.modes.tuning.settings import RECOMMENDED, TuneSetting
 
-# The pick rule accepts a setting with at least this reliability.
+# A setting with at least this reliability is preferred to settings with a lower reliability.
 RELIABILITY = 0.95
 RULE = f"reliability of at least {RELIABILITY}, then the highest harmonic mean of generality and locality"
 # The settings of kedit_default are kept if no other score is higher than theirs by at least this much.
@@ -28,7 +28,7 @@ Name = TypeVar("Name", bound=Hashable)
 
 @dataclass(frozen=True, kw_only=True)
 class Rung:
-    """One round of successive halving.
+    """One round (rung) of successive halving.
 
     Args:
         settings: number of settings to measure.
@@ -49,8 +49,8 @@ class Trial:
         edits: number of edits.
         reliability: the reliability under the first protocol of the evaluation. None if the run failed.
         generality: the generality under the same protocol. None if the edits have no rephrases.
-        locality: the mean fraction of the unedited model's first answer tokens that the edited model keeps, over the
-            locality probes (``ProbeResult.tokens_kept``). None if there are no probes.
+        locality: the mean of ``ProbeResult.tokens_kept`` over the locality probes. This is the fraction of the first
+            answer tokens of the unedited model that the edited model also generates. None if there are no probes.
         seconds: time of training and evaluation.
         error: why the run failed. Empty if it did not fail.
     """
@@ -65,7 +65,7 @@ class Trial:
 
     @property
     def score(self) -> float:
-        """The harmonic mean of generality and locality. If only one was measured, the score is that one."""
+        """The harmonic mean of generality and locality. If only one of them was measured, this is its value."""
         values = self._measured
         return len(values) / sum(1 / value for value in values) if values and all(values) else 0.0
 
@@ -80,7 +80,7 @@ class Trial:
 
     @property
     def reliable(self) -> bool:
-        """Whether the setting has the reliability that the pick rule requires."""
+        """Whether the reliability is at least ``RELIABILITY``."""
         return self.reliability is not None and self.reliability >= RELIABILITY
 
 
@@ -124,11 +124,12 @@ def split_edits(edits: Sequence[Edit], seed: int = 0) -> tuple[list[int], list[i
 
 
 def plan_rungs(n_settings: int, n_edits: int) -> list[Rung]:
-    """Plan successive halving: all settings on few edits, the best third on more edits, the best ninth on all edits.
+    """Plan the rounds (rungs) of successive halving.
 
-    Each of these rounds is a rung. With two or three settings, the rung in the middle is left out, and the best setting
-    is trained on all edits. With one setting, there is only the last rung. A rung is also left out if it has as many
-    edits as the rung before it.
+    The first round tries all settings on few edits. The second round tries the best third of the settings on more
+    edits. The last round tries the best ninth on all edits. With two or three settings, there are only two rounds, and
+    the last round tries only the best setting. With one setting, there is only the last round. A round is also left out
+    if it would have as many edits as the round before it.
 
     Args:
         n_settings: number of settings.
@@ -153,7 +154,7 @@ def plan_rungs(n_settings: int, n_edits: int) -> list[Rung]:
 
 
 def rank(trials: Sequence[Trial]) -> list[Trial]:
-    """Return the trials from best to worst under the pick rule.
+    """Return the trials from best to worst.
 
     Trials with the required reliability (:attr:`Trial.reliable`) come first, sorted by the harmonic mean of generality
     and locality. The other trials are sorted by reliability, and trials with equal reliability by the harmonic mean. In
@@ -171,8 +172,9 @@ def rank(trials: Sequence[Trial]) -> list[Trial]:
 def pick(trials: Sequence[Trial]) -> tuple[Trial, str]:
     """Return the best trial and the rule by which it was picked. All trials must be on the same edits.
 
-    If the settings of ``kedit_default`` are reliable, they are replaced only by settings whose score is higher by at
-    least ``MARGIN``. On few edits, smaller differences are often random.
+    The trial with the setting of the recipe ``kedit_default`` has priority. If it is reliable
+    (:attr:`Trial.reliable`), another trial is picked only if its score is higher by at least ``MARGIN``. On few edits,
+    smaller differences are often random.
 
     Args:
         trials: at least one trial.
@@ -214,12 +216,15 @@ def _beats(one: Trial, other: Trial) -> bool:
 
 
 def covering(scopes: Mapping[Key, frozenset[Name]]) -> dict[Key, Key]:
-    """Return, for each scope, the largest scope that contains it.
+    """Find, for each scope (a set of weights), the largest scope that contains all of its weights.
 
     K-FAC factors that were computed for the largest scope can also be used for the scopes that it contains.
 
     Args:
-        scopes: a dict from the key of a scope to the names of its weights.
+        scopes: the names of the weights of each scope, as a dict. The dict keys identify the scopes.
+
+    Returns:
+        A dict from the dict key of each scope to the dict key of the largest scope. Both can be the same.
 
     Example:
         >>> covering({"late": frozenset({"b"}), "most": frozenset({"a", "b"})})

@@ -1,4 +1,4 @@
-"""Write the picked setting as a recipe, and the grid as a W&B sweep file."""
+"""Write the picked setting to a recipe (the YAML file of a complete run), and the grid to a W&B sweep file."""
 
 from __future__ import annotations
 
@@ -58,7 +58,8 @@ def recipe_text(
         source: the model, edits and texts that the recipe uses, and the path of the recipe.
         rule: the rule by which the setting was picked.
         meta: the metadata of the result.
-        with_kl: whether the recipe contains ``KLLocality`` even if its weight is 0, so that a sweep can set the weight.
+        with_kl: whether the recipe contains ``KLLocality`` even if the picked setting has a KL weight of 0. A sweep
+            needs the callback in the recipe, so that it can set the weight.
     """
     scores = (("reliability", held_out.reliability), ("generality", held_out.generality))
     scores = (*scores, ("locality", held_out.locality))
@@ -111,7 +112,7 @@ def sweep_text(grid: TuneGrid, recipe: Path, path: Path) -> str:
     Args:
         grid: the grid.
         recipe: the recipe that every run starts.
-        path: the file to which the text will be written. The comments of the text name this file.
+        path: the sweep file. A comment in the text shows the command that starts a sweep with this file.
     """
     command = ["${env}", "${interpreter}", "-m", "${program}", "fit", "--config", str(recipe)]
     command += ["--trainer.logger=WandbLogger", "${args}"]
@@ -135,7 +136,7 @@ def sweep_text(grid: TuneGrid, recipe: Path, path: Path) -> str:
 
 
 def _quoted(path: str) -> str:
-    """Return a path for a comment, in quotes if it contains spaces or control characters."""
+    """Return a path as text for a YAML comment, in quotes if the path contains spaces or control characters."""
     return path if path.isprintable() and " " not in path else _yaml(path)
 
 

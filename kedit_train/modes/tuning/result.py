@@ -29,10 +29,10 @@ class TuneResult:
         trials: all trials, in the order in which they ran.
         cut_off: the runs that were not started because the budget was spent. Each run is a pair: the number of edits,
             and the setting.
-        picked: the trial of the picked setting on the largest number of edits.
+        picked: the picked trial. It comes from the last round in which a trial succeeded.
         rule: the rule by which the setting was picked.
-        held_out: the scores of the picked setting on the held-out half. For these scores, the unedited model learned
-            the edits of this half with the picked setting.
+        held_out: the scores of the picked setting on the held-out half. Before this evaluation, the unedited model was
+            trained with the picked setting on the edits of this half.
         halves: the tuning half and the held-out half of the edits.
         meta: model, edits (name and hash), protocol, format of the examples, seed, budget, seconds, versions and date.
     """
@@ -138,9 +138,9 @@ class TuneResult:
     def save_sweep(self, path: str | Path, *, model: str, edits: str, keep: str) -> Path:
         """Write a W&B sweep file with the grid, and the recipe that each run of the sweep uses.
 
-        For a sweep file ``NAME.yaml``, the recipe is the file ``NAME_recipe.yaml`` in the same folder. The arguments
-        are those of :meth:`save_recipe`. To keep the held-out half unseen, save the tuning half with
-        ``halves[0].save(file)``, and pass this file as ``edits``.
+        ``path`` is the sweep file. If its name is ``NAME.yaml``, the recipe is the file ``NAME_recipe.yaml`` in the
+        same folder. The other arguments are those of :meth:`save_recipe`. The sweep should not use the held-out edits.
+        Save the tuning half with ``halves[0].save(file)``, and pass this file as ``edits``.
 
         Returns:
             The path.

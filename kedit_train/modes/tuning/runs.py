@@ -1,4 +1,4 @@
-"""The runs of ``tune``: train one setting on some edits, evaluate it, and restore the unedited model."""
+"""The runs of ``tune``: train the model with one setting on some edits, evaluate it, and restore the unedited model."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ class TuneRuns:
         return None if scores is None else Trial(setting=setting, edits=len(part), **scores)
 
     def measure(self, setting: TuneSetting, part: EditDataset) -> Trial:
-        """Train a setting on some edits, evaluate it on the same edits, and restore the unedited model."""
+        """Train the model with a setting on some edits, evaluate it on these edits, and restore the unedited model."""
         if (known := self.known(setting, part)) is not None:
             return known
         try:
@@ -157,9 +157,10 @@ class TuneRuns:
         return {"reliability": reliability.value, "generality": generality.value, "locality": kept.value}
 
     def _factors(self, layers: Layers) -> Path:
-        """Return the file with the statistics of the texts for a scope, and create it if it does not exist.
+        """Return the file with the text statistics that ``NullSpace`` needs. Create the file if it does not exist.
 
-        One pass over the texts computes the statistics, for the largest scope of the grid that contains this scope.
+        If a larger scope of the grid contains the scope of these layers, both scopes share one file. The model then
+        reads the texts only once.
         """
         largest = self.scopes[layers]
         name = key_of({"weights": self.weights, "texts": self.keys["texts"], "scope": [str(largest), self.modules]})

@@ -24,10 +24,10 @@ class TuneSetting:
     """One combination of settings.
 
     Args:
-        layers: the layers to train, as in ``ParameterScope``.
-        modules: the modules to train, as in ``ParameterScope``.
-        step_size: the predicted reduction of the loss per step, as a fraction of the loss, as in ``PolyakStep``.
-        energy: the fraction of the energy of the layer inputs that is preserved, as in ``NullSpace``.
+        layers: the layers to train (argument ``layers`` of ``ParameterScope``).
+        modules: the modules to train (argument ``modules`` of ``ParameterScope``).
+        step_size: how much a step should reduce the loss, as a fraction of the loss (argument of ``PolyakStep``).
+        energy: how much of the energy of the layer inputs is preserved, as a fraction (argument of ``NullSpace``).
         kl_weight: weight of ``KLLocality``. 0 leaves the callback out.
 
     Example:
@@ -42,7 +42,7 @@ class TuneSetting:
     kl_weight: float
 
     def callback_arguments(self, texts: Any) -> list[tuple[str, dict[str, Any]]]:
-        """Return one pair per callback: its class name and its arguments. Runs and recipes use this list.
+        """Return the class name and the arguments of each callback. Runs and recipes are built from this list.
 
         Args:
             texts: the texts on which predictions should stay the same.
@@ -61,8 +61,8 @@ class TuneSetting:
 
         Args:
             texts: the texts on which predictions should stay the same.
-            factors_path: the file with the statistics of the texts that all settings of a scope share.
-            cache: the folder of reference hidden states that all settings share.
+            factors_path: the file with the statistics of the texts. Settings with the same scope share this file.
+            cache: the folder of reference hidden states. All settings share this folder.
         """
         shared = {"NullSpace": {"factors_path": factors_path}, "KLLocality": {"cache": cache}}
         return [
@@ -84,11 +84,11 @@ RECOMMENDED = TuneSetting(layers="0.5-0.8", modules="mlp.down_proj.weight", step
 
 @dataclass(frozen=True, kw_only=True)
 class TuneGrid:
-    """The values that :func:`~kedit_train.modes.tune` combines: all layers with all step sizes, and so on.
+    """The values that :func:`~kedit_train.modes.tune` tries, in all combinations.
 
     Args:
         layers: list of scopes to try. Each entry is a value for the argument ``layers`` of ``ParameterScope``. Default:
-            one layer, and many layers in the middle of the network.
+            two scopes, one layer or many layers in the middle of the network.
         modules: the modules to train in these layers. Only weights of linear layers are supported.
         step_sizes: step sizes of ``PolyakStep``, as fractions of the training loss.
         energies: energies of ``NullSpace``.
@@ -123,10 +123,10 @@ class TuneGrid:
     def settings(self) -> list[TuneSetting]:
         """Return all combinations without repetitions.
 
-        The settings of the recipe ``kedit_default`` come first, if the grid contains them. All other settings are
+        The setting of the recipe ``kedit_default`` comes first, if the grid contains it. All other settings are
         sorted by KL weight (smallest first), then by layers (in the order of the grid), then by step size (largest
         first). So fast runs come first: runs without ``KLLocality`` and runs with large steps. If the budget is small,
-        the last settings are left out. Of several equally good settings, the first one is picked.
+        the last settings are left out. If several settings are equally good, the first one is picked.
         """
         kl_weights = sorted({float(weight) for weight in self.kl_weights})
         step_sizes = sorted({float(step) for step in self.step_sizes}, reverse=True)

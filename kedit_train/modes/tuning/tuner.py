@@ -39,18 +39,21 @@ def tune(
     seed: int = 0,
     progress: bool = True,
 ) -> TuneResult:
-    """Find settings for a model: try a small grid by successive halving, and evaluate the best on held-out edits.
+    """Find settings for a model: try a grid by successive halving, and evaluate the best setting on held-out edits.
 
-    The edits are split into a tuning half and a held-out half. Every setting of the grid is trained on a few edits of
-    the tuning half. The best third of the settings is trained again on more edits. The best third of these settings is
-    trained on the complete tuning half. Each run starts from the unedited model. If the grid contains the settings of
-    the recipe ``kedit_default``, they are trained in every round, even if they are not in the best third.
+    The edits are split into a tuning half and a held-out half. The first round tries every setting of the grid on a few
+    edits of the tuning half. The second round tries the best third of the settings on more edits. The last round tries
+    the best third of these settings on the complete tuning half. Each run starts from the unedited model. If the grid
+    contains the setting of the recipe ``kedit_default``, every round tries this setting, even if it is not in the
+    best third.
 
-    Among the settings with a reliability of at least 0.95, the setting with the highest harmonic mean of generality and
-    locality is picked. The settings of ``kedit_default`` are replaced only if another harmonic mean is higher by at
-    least 0.05, because smaller differences are often random. If no setting is that reliable, the most reliable setting
-    is picked. The picked setting is then trained once on the held-out half. Report only the scores of this last run,
-    because the other scores were used to pick the setting.
+    The score of a setting is the harmonic mean of generality and locality. Among the settings with a reliability of at
+    least 0.95, the setting with the highest score is picked. If the setting of ``kedit_default`` reaches this
+    reliability, another setting is picked only if its score is higher by at least 0.05, because smaller differences are
+    often random. If no setting has a reliability of at least 0.95, the setting with the highest reliability is picked.
+
+    The picked setting is then tried once on the held-out half. Report only the scores of this last run, because the
+    other scores were used to pick the setting.
 
     All runs use :class:`~kedit_train.callbacks.PolyakStep`, so no learning rate is needed.
 

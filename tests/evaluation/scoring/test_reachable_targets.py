@@ -34,8 +34,8 @@ def test_a_target_with_a_line_break_is_a_warning_if_the_protocol_ends_answers_th
         return
     (message,) = found
     assert f'"{protocol}" ends each answer at the first' in message
-    assert "so 1 of 5 edits never count as right, because their targets contain a line break" in message
-    assert "(the first of these targets is 'Bern\\nBasel')" in message
+    assert "Therefore, 1 of 5 edits never count as right: their targets contain a line break" in message
+    assert "(first target: 'Bern\\nBasel')" in message
     assert "\n" not in message
 
 
