@@ -76,9 +76,9 @@ def reliability_locality(reports: Mapping[str, ReportData], path: str | os.PathL
     """Plot each report as a point: reliability on the x-axis, locality on the y-axis, with 95 % intervals.
 
     The best edit is in the upper right corner. If a report contains the scores of the unedited model, a cross shows
-    the unedited model. The cross is drawn at locality 1, because locality is the fraction of answers that equal the
-    unedited model's answers. With the protocol "probability", locality is measured against the true answers instead.
-    The cross is still drawn at 1 and does not show the unedited model's locality.
+    the unedited model. Its locality is 1 if locality is the fraction of answers that equal the unedited model's
+    answers. If locality is measured against the true answers (with the protocol "probability"), the cross shows the
+    unedited model's own score.
 
     Args:
         reports: dict from label to report. All reports must be on the same edits.
@@ -126,8 +126,10 @@ def reliability_locality(reports: Mapping[str, ReportData], path: str | os.PathL
         lowest = min(lowest, y.value if y.low is None else y.low)
     first = next((report for report in reports.values() if report.unedited is not None), None)
     if first is not None and first.unedited is not None:
-        unedited = first.unedited["reliability"]["generated"].value
-        axes.plot(unedited, 1.0, "x", color="grey", markersize=9, markeredgewidth=2, label="unedited", clip_on=False)
+        x, y = (first.unedited[question]["generated"].value for question in ("reliability", "locality"))
+        y = 1.0 if meanings == {"unedited model"} else y
+        lowest = min(lowest, y)
+        axes.plot(x, y, "x", color="grey", markersize=9, markeredgewidth=2, label="unedited", clip_on=False)
     locality = "unchanged answers" if meanings == {"unedited model"} else "right answers"
     axes.set_xlabel("reliability: fraction of edits with the new answer")
     axes.set_ylabel(f"locality: fraction of {locality} to other prompts")

@@ -14,7 +14,7 @@ import pytest
 import kedit_train.callbacks
 from kedit_train.data import Edit, Probe
 from kedit_train.errors import EditError
-from kedit_train.evaluation import Report, evaluate
+from kedit_train.evaluation import EvaluationOptions, Report, evaluate
 from kedit_train.evaluation.reporting import model_card as card
 from kedit_train.evaluation.reporting import plots
 
@@ -60,6 +60,23 @@ def test_the_plot_of_two_scores_shows_them(reports: dict[str, Report], last_figu
     assert whisker.tolist() == [[1.0, score.low], [1.0, score.high]]
     low, high = axes.get_ylim()
     assert low <= score.low <= 1.0 <= high
+
+
+def test_against_the_true_answers_the_cross_shows_the_score_of_the_unedited_model(
+    scripted_model: Any, last_figure: Any, tmp_path: Path
+) -> None:
+    # "probability" compares with the true answers, of which the unedited model knows only one.
+    options = EvaluationOptions(protocol="probability")
+    wrong = {"Bob lives in": " Oslo", "Dan lives in": " Rome", "Cyd lives in": " Lima"}
+    edits = [replace(edit, old_target="Rome") for edit in EDITS]
+    before = evaluate(*scripted_model(wrong), edits, options=options, progress=False)
+    report = evaluate(*scripted_model(OLD), edits, options=options, unedited=before, progress=False)
+    plots.reliability_locality({"edited": report}, tmp_path / "plane.png")
+    (axes,) = last_figure().axes
+    (unedited,) = [line for line in axes.lines if line.get_label() == "unedited"]
+    expected = [before.metrics[question]["generated"].value for question in ("reliability", "locality")]
+    assert expected[1] < 1.0
+    assert unedited.get_xydata().tolist() == [expected]
 
 
 def test_the_position_plot_shows_every_position(reports: dict[str, Report], last_figure: Any, tmp_path: Path) -> None:
