@@ -231,7 +231,7 @@ def test_the_page_has_a_table_per_mode(peers: Any) -> None:
         {"editor": "memit", "draw": 10, "commit": "abc", **about, "error": "ValueError: no"},
     ]
     where, *found = peers.parts(rows)
-    assert where == "Measured on 2026-11-27; one thread of a CPU; draw 10 and 11; commit abc."
+    assert where == "Measured on 2026-11-27; one thread of a CPU; draw 10 and 11; EasyEdit at commit abc."
     assert found.pop(0) == "Changed with `--set`: ROME `v_lr=0.1`."
     assert [part.splitlines()[-1] for part in found] == [
         "### 50 edits together",
