@@ -193,8 +193,8 @@ def parts(rows: Sequence[dict[str, Any]]) -> list[str]:
     for key, word in (("date", "Measured on"), ("machine", "one thread of"), ("draw", "draw")):
         values = sorted({str(row[key]) for row in shown if key in row})
         found.append(f"{word} {' and '.join(values)}")
-    commits = sorted({f"{EDITORS[row['editor']].project} at commit {row['commit']}" for row in shown if "commit" in row})
-    found.append(" and ".join(commits))
+    commits = {f"{EDITORS[row['editor']].project} at commit {row['commit']}" for row in shown if "commit" in row}
+    found.append(" and ".join(sorted(commits)))
     lines = [f"{'; '.join(found)}."]
     given = {EDITORS[row["editor"]].label: row["set"] for row in shown if row.get("set")}
     if given:
