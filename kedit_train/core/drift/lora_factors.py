@@ -26,9 +26,8 @@ def lora_pairs(run: EditRun, layers: Mapping[str, LinearLayer]) -> dict[str, str
     for partner in pairs.values():
         if total([run.reference[partner] != 0]):
             raise EditError(
-                f"{partner} is not zero, so the adapter already changes the model. NullSpace cannot preserve outputs "
-                "if both factors of such an adapter are trained; merge the adapter and add a new adapter, or train "
-                "only one factor."
+                f"{partner} is not zero, so the adapter already changes the model. NullSpace cannot train both "
+                "factors of such an adapter; merge the adapter and add a new adapter, or train only one factor."
             )
     for name, module in run.model.named_modules():
         if getattr(module, "lora_magnitude_vector", None) and any(layer.startswith(f"{name}.") for layer in layers):
