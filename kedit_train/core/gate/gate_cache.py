@@ -1,8 +1,8 @@
 """Store the state of a gate (open or closed) in the key-value cache of the model.
 
 The cache gets one more layer. Its tensor ``keys`` contains one bool for each row and each cached position: True if the
-gate is open. Beam search and other code may reorder, copy or shorten the cache. Such code changes all layers in the same
-way, so the state of the gate always fits the cached tokens.
+gate is open. Beam search and other code may reorder, copy or shorten the cache. Such code changes all layers in the
+same way, so the state of the gate always fits the cached tokens.
 """
 
 from __future__ import annotations
