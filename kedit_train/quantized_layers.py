@@ -3,8 +3,8 @@
 On a CPU with AVX512-BF16 instructions, ``bitsandbytes.nn.Linear4bit`` has a faster kernel for inference, which needs
 packed weights. The layer packs its weights when it is first called in evaluation mode without gradients. From then on,
 the layer always uses this kernel, also in training mode. The kernel passes no gradient to the input of the layer
-(bitsandbytes 0.50), so LoRA factors in earlier layers get no gradient. If a residual connection bypasses the layer, these
-LoRA factors get a wrong gradient, and no error is raised.
+(bitsandbytes 0.50), so LoRA factors in earlier layers get no gradient. If a residual connection bypasses the layer,
+these LoRA factors get a wrong gradient, and no error is raised.
 """
 
 from __future__ import annotations
