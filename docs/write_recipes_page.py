@@ -15,8 +15,8 @@ PAGE = ROOT / "docs" / "recipes.md"
 INTRODUCTION = """# Recipes
 
 A recipe is a complete run in one file. Each section of this page shows the comment at the top of one recipe: what it
-does, the commands that run it, and the scores to expect. If the text names no other model, the scores are those of 24
-edits of the small model that comes with kedit-train, and the time is that of 2 CPU cores.
+does, the commands that run it, and the scores to expect. Unless the comment names another model, the scores and the
+time were measured with 24 edits of the small model that comes with kedit-train, on 2 CPU cores.
 [Choose a recipe](choose_a_recipe.md) helps you to pick a recipe. [Results](results.md) compares the recipes on the same
 edits. [The README of the recipes](../recipes/README.md#change-a-recipe) explains how to change a recipe.
 """

@@ -29,8 +29,8 @@ def check_arguments(component: object, **arguments: tuple[Any, Rule]) -> None:
     """Raise an :class:`EditError` for the first argument that breaks its rule.
 
     Args:
-        component: an instance of the class whose arguments are checked, or a name. The error message starts with the
-            name of this class, or with the given name.
+        component: the object whose arguments are checked, or a name. The error message starts with the class name of
+            the object, or with the given name.
         arguments: the arguments to check, as keyword arguments. Each keyword argument is a tuple ``(value, rule)``.
 
     Raises:

@@ -21,11 +21,11 @@ def writing(path: str | os.PathLike[str]) -> Iterator[Path]:
     temporary path is renamed to ``path`` in one step. An existing file is replaced. Parent folders are created.
 
     If the block raises an error, the hidden folder is removed. If the process is killed, the hidden folder remains. The
-    next call for the same path in the same container removes this folder. A call in another container removes it only
-    if the folder has not changed for a day.
+    next call for the same path in the same container removes this folder. In another container, a call removes the
+    folder only after a day without changes.
 
-    Several threads and processes may write the same path. Each call writes a complete file, and the file of the call
-    that ends last remains.
+    Several threads and processes may write the same path. Each call writes a complete file. In the end, ``path``
+    contains the file of the call that ended last.
 
     Args:
         path: the file to write, or the folder to write. A folder must not exist yet. The block must create the file
@@ -109,8 +109,8 @@ def unfinished_name(path: Path) -> Path:
 def remove_leftovers(path: Path) -> None:
     """Remove the hidden folders next to ``path`` that killed processes left behind.
 
-    A folder that was made for ``path`` in this container is removed at once if its process has ended. For all other
-    hidden folders, the rules of :func:`kedit_train.owners.remove_abandoned` apply.
+    If a process in this container was killed while it wrote ``path``, the hidden folder of this process is removed at
+    once. For all other hidden folders, the rules of :func:`kedit_train.owners.remove_abandoned` apply.
     """
     hidden = [other for other in path.parent.glob(".*.unfinished") if re.search(r"\.\d+\.unfinished$", other.name)]
     remove_abandoned(hidden, at_once=f".{path.name}.")

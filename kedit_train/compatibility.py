@@ -25,13 +25,13 @@ def sha256_of_file(path: Path) -> str:
 
 
 def sft_reads_logits(args: Any) -> bool:
-    """Return whether the trainer with these arguments is an ``SFTTrainer`` that reads the logits of training steps.
+    """Return True if the trainer is an ``SFTTrainer`` that reads the logits of training steps.
 
     The ``SFTTrainer`` of older TRL versions computes the entropy and the token accuracy of each step from the logits.
     Newer versions compute both in a fused output head, which does not return logits.
 
     Args:
-        args: the training arguments of a ``transformers.Trainer``.
+        args: the training arguments of the trainer.
     """
     config, utils = (sys.modules.get(f"trl.trainer.{name}") for name in ("sft_config", "utils"))
     is_sft = config is not None and isinstance(args, config.SFTConfig)
@@ -52,10 +52,10 @@ def checkpoint_without_reentry(args: Any) -> None:
 
 
 def rescaled_dare(dare: Callable[..., Any]) -> Callable[..., Any]:
-    """Return PEFT's ``dare_linear`` with the division by the density, which is missing in PEFT before 0.19.
+    """Return PEFT's ``dare_linear``, corrected for PEFT before 0.19.
 
-    DARE sets random entries to 0 and keeps the others. The density is the fraction of kept entries. The kept entries
-    must be divided by the density.
+    DARE sets random entries to 0 and keeps the others. The fraction of kept entries is called the density. The kept
+    entries must be divided by the density, but PEFT before 0.19 does not divide them.
 
     Args:
         dare: ``dare_linear`` of PEFT, a function of the tensors, the weights and the density.

@@ -11,9 +11,9 @@ class Probe:
     """An evaluation question and all answers that count as correct.
 
     Args:
-        prompt: the question, for example the beginning of a sentence that the answer completes.
-        answers: the correct answers, the preferred answer first. Without answers, an evaluation can only check whether
-            the model's answer has changed.
+        prompt: the question. It can also be the beginning of a sentence that the answer completes.
+        answers: the correct answers, the preferred answer first. If there are none, an evaluation can only check
+            whether the model's answer has changed.
 
     Example:
         >>> Probe("Ben lives in", ("Basel", "Bâle")).answers[0]
@@ -65,9 +65,9 @@ class Edit:
 
 
 def scored_prompts(edit: Edit) -> list[str]:
-    """Return all prompts of an edit that an evaluation scores, except ``edit.prompt``.
+    """Return the rephrases of an edit, and the prompts of its locality and portability questions.
 
-    These are the rephrases, and the prompts of the locality and portability questions.
+    An evaluation scores these prompts in addition to ``edit.prompt``.
 
     Example:
         >>> scored_prompts(Edit("The capital of France is", "Lyon", rephrases=("France's capital:",)))

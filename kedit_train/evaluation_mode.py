@@ -15,8 +15,8 @@ from kedit_train.quantized_layers import PackingGuard
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Context manager: put every module into evaluation mode, and restore the previous modes at the end.
 
-    In evaluation mode, bitsandbytes may convert its 4-bit layers to a form without gradients. This function prevents
-    the conversion.
+    In evaluation mode, bitsandbytes may pack 4-bit layers for faster inference on a CPU. Packed layers compute no
+    gradients, not even in later training steps. This context manager prevents the packing.
     """
     packing = PackingGuard(model)
     modes = [(m, m.training) for m in model.modules()]

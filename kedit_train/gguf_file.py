@@ -18,7 +18,7 @@ def is_gguf(name: str) -> bool:
 
 
 def load_gguf(path: str | Path, *, dtype: str | torch.dtype = "float32") -> tuple[Any, dict[str, Any]]:
-    """Load the causal language model of a GGUF file with dequantized weights.
+    """Load the causal language model of a GGUF file, and dequantize its weights.
 
     ``transformers`` marks such a model as quantized and refuses to save it. Therefore, the weights are copied into a
     new model without this mark.

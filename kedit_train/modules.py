@@ -163,8 +163,8 @@ class EditModule(LightningModule):
 class EditDataModule(LightningDataModule):
     """Batches of edits with ``input_ids``, ``attention_mask`` and ``labels``, tokenized with the module's tokenizer.
 
-    All edits are shuffled in every epoch (breadth-first training, arXiv 2509.22072). Groups of shuffled edits are then
-    sorted by length and cut into batches, to reduce padding. Only the tokens of the targets count in the loss.
+    All edits are shuffled in every epoch (breadth-first training, arXiv 2509.22072). In epochs with many batches, edits
+    of similar length are put into the same batch, to reduce padding. Only the tokens of the targets count in the loss.
 
     Args:
         path: a file or a folder of documents that :meth:`EditDataset.load` reads, or "world" for the bundled edits.
@@ -173,17 +173,17 @@ class EditDataModule(LightningDataModule):
         on_error: "raise" stops at the first bad record, and "skip" leaves out bad records with a warning.
         batch_size: training examples per step on each process.
         append_eos: whether every target ends with the end-of-text token, so that the edited model learns to stop. With
-            "auto", targets in chats and after questions always end with this token. Plain completions end with this
-            token only if the unedited model ends such completions by itself. To decide this, the model is tested on a
-            few edits. The decision is printed.
+            "auto", ``prompt_format`` decides. If it is not "plain", targets end with the token. If it is "plain",
+            targets end with the token only if the unedited model ends its completions by itself. To decide this, the
+            model is tested on a few edits. The decision is printed.
         prompt_format: the format of the prompts: as they are ("plain"), through the tokenizer's chat template
             ("chat"), framed as a question ("question"), or a :class:`~kedit_train.ChatFormat`.
         texts: a file of texts on which the model should not change. In a recipe (``python -m kedit_train fit``), the
             file replaces ``texts: world`` in the callbacks. In a script, this argument has no effect: pass the texts
             to the callbacks instead.
-        augmentation: options for additional training examples (pseudo-paraphrases, replayed facts, previous edits) and
-            for rewritten targets. The examples are made once, before the first step. The random choices use torch's
-            seed, which ``seed_everything`` sets. Every process gets the same examples.
+        augmentation: options that add training examples (pseudo-paraphrases, replayed facts, previous edits) or rewrite
+            targets. The examples are made once, before the first step. The random choices use torch's seed, which
+            ``seed_everything`` sets. Every process gets the same examples.
 
     Attributes:
         edits: the edits as an :class:`EditDataset`.
@@ -260,7 +260,7 @@ class EditDataModule(LightningDataModule):
         )
 
     def _decide_end(self, module: Any) -> EndDecision:
-        """Decide whether targets end with end-of-text. If necessary, test the unedited model for this decision."""
+        """Decide whether targets end with the end-of-text token."""
         model = getattr(module, "model", None)
         model = model if isinstance(model, torch.nn.Module) else None
         self._move(module)
@@ -269,7 +269,7 @@ class EditDataModule(LightningDataModule):
         )
 
     def _move(self, module: Any) -> Any:
-        """Move the model to its device, unless the strategy may shard it. Return the trainer's strategy."""
+        """Return the trainer's strategy. If the strategy never shards the model, move the model to its device."""
         strategy: Any = self.trainer.strategy if self.trainer is not None else None
         if type(strategy) in (SingleDeviceStrategy, DDPStrategy):
             # These strategies move the full model to the device anyway. Under a strategy that shards the model, the
@@ -278,10 +278,10 @@ class EditDataModule(LightningDataModule):
         return strategy
 
     def _augment(self, module: Any) -> list[Edit]:
-        """Return the edits, with rewritten targets if any, followed by the additional examples.
+        """Return the edits, followed by the additional examples. The targets of the edits may be rewritten.
 
-        The unedited model makes the examples. This is also true for a resumed run, because Lightning restores the
-        checkpoint only after ``setup``.
+        The unedited model generates the additional examples. This also holds for a resumed run, because Lightning
+        restores the checkpoint only after ``setup``.
         """
         if not isinstance(getattr(module, "model", None), torch.nn.Module):
             raise EditError(
@@ -317,14 +317,14 @@ class EditDataModule(LightningDataModule):
 
 
 def check_model(*, learning_rate: Any, save_path: Any = None, **_: Any) -> None:
-    """Check the arguments of ``EditModule`` that can be checked without a model. Other arguments are ignored."""
+    """Check ``learning_rate`` and ``save_path`` of ``EditModule``. All other arguments are accepted unchecked."""
     check_arguments("EditModule", learning_rate=(learning_rate, at_least(0)), save_path=(save_path, optional(PATH)))
 
 
 def check_data(
     *, batch_size: Any, append_eos: Any, prompt_format: Any, limit: Any = None, augmentation: Any = None, **_: Any
 ) -> PromptFormat:
-    """Check the arguments of ``EditDataModule`` that can be checked without the file. Other arguments are ignored.
+    """Check the arguments of ``EditDataModule``. ``path``, ``on_error`` and ``texts`` are accepted unchecked.
 
     Returns:
         The prompt format. A mapping is converted to a ``ChatFormat``.

@@ -22,16 +22,17 @@ _numbers = itertools.count()
 
 
 def claim(folder: Path, start: str, end: str = "") -> Path:
-    """Return the path of a new temporary folder that this process owns.
+    """Return the path of a new temporary folder that this process owns. The folder is not created.
 
-    The name is ``START.HOST-HASH.PROCESS.NUMBER``, followed by ``end``. A process id is valid only until the machine
-    is restarted, and only inside one PID namespace (container). HASH is therefore a hash of the boot id and the PID
-    namespace. NUMBER is different in every call, so threads never share a folder. The folder is not created.
+    The name of the folder contains the process id, so that other processes can find out whether the owner is running.
+    After a restart of the machine, or in another container, another process can have the same id. Therefore, the name
+    also contains the host name and a hash of the boot id and the PID namespace. A counter makes every name different,
+    so threads never share a folder.
 
     Args:
         folder: the parent of the temporary folder.
         start: the first part of the name.
-        end: a suffix such as ".unfinished".
+        end: the last part of the name, such as ".unfinished".
     """
     path = folder / f"{start}.{_place()}.{os.getpid()}.{next(_numbers)}{end}"
     _owned.add(path.name)
@@ -67,14 +68,14 @@ def remove_abandoned(folders: Iterable[Path], *, at_once: str = "") -> None:
     """Remove temporary folders whose owner has ended.
 
     - If the owner is running, the folder is kept.
-    - If the owner has ended and the name of the folder begins with ``at_once``, the folder is removed at once.
-    - If the owner has ended and the name begins differently, the folder is removed when it has not changed for a day.
-    - If the owner is unknown, the folder is also removed when it has not changed for a day. For example, the owner
-      of a folder from another container, another host or an older version of this package is unknown.
+    - If the owner has ended, a folder whose name begins with ``at_once`` is removed immediately. Any other folder is
+      removed only after it has not changed for a day.
+    - If it is unknown whether the owner is running, the folder is removed only after it has not changed for a day. This
+      is the case for folders from another container, another host or an older version of this package.
 
     Args:
         folders: the temporary folders.
-        at_once: a prefix of folder names (see above). The default "" is a prefix of every name.
+        at_once: a prefix of folder names. The default "" matches every name.
     """
     for folder in folders:
         ended = has_ended(folder.name)

@@ -33,7 +33,7 @@ def check_path(path: str | os.PathLike[str]) -> None:
 
 
 def why_no_file(path: Path) -> str:
-    """Return the end of an error message: why a path is not a file that can be read, and what to do.
+    """Return why ``path`` is not a file, and what to do. An error message that names the path ends with this text.
 
     Example:
         >>> why_no_file(Path("/dev/null"))

@@ -24,9 +24,9 @@ def load_model(name: str, *, dtype: str = "float32", trust_remote_code: bool = F
     """Load a causal language model and its tokenizer.
 
     A PEFT adapter is loaded on top of its base model. It is not merged into the base model, because merging into bf16
-    weights would round the adapter's effect. ``GatedAdapter`` saves a gate, which lets the adapter act only on some
-    inputs, in ``gate.safetensors``. If the folder of the adapter (or its repository on the hub) contains this file, the
-    gate is loaded too. A vision-language model is loaded with its vision tower.
+    weights would round the adapter's effect. If the folder or hub repository of the adapter contains the file
+    ``gate.safetensors``, the gate in this file is loaded too. The gate lets the adapter act only on some inputs (see
+    ``GatedAdapter``). A vision-language model is loaded with its vision tower.
 
     Args:
         name: a model name on the Hugging Face Hub, a folder saved by ``save_pretrained``, the folder of a PEFT
@@ -39,8 +39,8 @@ def load_model(name: str, *, dtype: str = "float32", trust_remote_code: bool = F
         The model in evaluation mode, and its tokenizer.
 
     Raises:
-        EditError: the model, its adapter, its gate or the tokenizer cannot be loaded, the model is not a causal
-            language model, or weights are missing.
+        EditError: the model, its adapter, its gate or its tokenizer cannot be loaded. This error is also raised if
+            weights are missing, or if the model is not a causal language model.
 
     Example:
         >>> from kedit_train import load_model
@@ -133,17 +133,19 @@ def check_new_adapter(model: Any, name: str) -> None:
     """
     if hasattr(model, "peft_config"):
         raise EditError(
-            f"lora must be None, because {name!r} already has an adapter, which a new adapter would replace; train the "
-            "base model with all edits, or merge the adapter first (a gated adapter cannot be merged)."
+            f"lora must be None, because {name!r} already has an adapter, and a new adapter would replace it; train "
+            "the base model with the old and the new edits, or merge the adapter first (a gated adapter cannot be "
+            "merged)."
         )
 
 
 @torch.no_grad()
 def is_causal(model: Any) -> bool:
-    """Return whether the model is causal: the last token does not change the logits of the tokens before it.
+    """Return whether the model is causal. In a causal model, later tokens do not change the logits of earlier tokens.
 
-    This test is needed because ``AutoModelForCausalLM`` also loads encoders, and a configuration does not reliably show
-    whether the model is causal. For example, GPT-NeoX is causal, but ``is_decoder`` is False in its configuration.
+    The function compares the logits of two sequences that differ only in their last token. The configuration of a model
+    does not reliably show whether the model is causal. For example, ``is_decoder`` is False for GPT-NeoX, although
+    GPT-NeoX is causal. ``AutoModelForCausalLM`` does not show it either, because it also loads encoders.
 
     Raises:
         EditError: the logits are NaN.

@@ -34,7 +34,8 @@ def launched_processes(environment: Mapping[str, str] | None = None) -> int | No
 def check_process_count(count: int, environment: Mapping[str, str] | None = None) -> None:
     """Check that a trainer uses all processes that the launcher started.
 
-    A trainer that ignores the launcher runs the complete training in every process without any message.
+    If a trainer ignores the launcher, each process trains its own model on all data. The trainer itself reports no
+    error.
 
     Args:
         count: the number of processes that the trainer uses, for example ``trainer.world_size``.

@@ -1,10 +1,10 @@
-"""Prevent bitsandbytes from packing 4-bit layers on a CPU, because packed layers have no gradient.
+"""Prevent bitsandbytes from packing 4-bit layers on a CPU, because packed layers pass no gradient to their input.
 
-On a CPU with AVX512-BF16 instructions, ``bitsandbytes.nn.Linear4bit`` has a faster kernel for inference. The first
-forward pass that is in evaluation mode and needs no gradient packs the weights for this kernel. From then on, the layer
-uses the kernel for every call, also in training mode. But the kernel has no gradient with respect to the input of the
-layer (bitsandbytes 0.50), so LoRA factors below the layer get no gradient. If a residual connection bypasses the layer,
-they get a wrong gradient, and no error is raised.
+On a CPU with AVX512-BF16 instructions, ``bitsandbytes.nn.Linear4bit`` has a faster kernel for inference, which needs
+packed weights. The layer packs its weights when it is first called in evaluation mode without gradients. From then on,
+the layer always uses this kernel, also in training mode. The kernel passes no gradient to the input of the layer
+(bitsandbytes 0.50), so LoRA factors in earlier layers get no gradient. If a residual connection bypasses the layer,
+these LoRA factors get a wrong gradient, and no error is raised.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ def check_not_packed(root: nn.Module) -> None:
     packed = next((name for name, module in root.named_modules() if _is_packed(module)), None)
     if packed is not None:
         raise EditError(
-            f"the 4-bit weights of {packed} have no gradient, because a call without gradients has packed them for "
-            "inference on this CPU; load the model again and begin the edit before you call the model, or train on "
-            "a GPU."
+            f"the 4-bit weights of {packed} must not be packed for CPU inference, because a packed layer passes no "
+            "gradient to its input; load the model again and do not call it before the edit begins (a call without "
+            "gradients packs the weights), or train on a GPU."
         )
 
 

@@ -1,4 +1,4 @@
-"""Safetensors files with JSON metadata and a checksum: written atomically, verified when they are read."""
+"""Write safetensors files with JSON metadata and a checksum, and verify the checksum when a file is read."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ class Contents(NamedTuple):
 
     Args:
         tensors: dict from name to tensor. All tensors are on the CPU.
-        metadata: the JSON value that was saved with the tensors. None if the file has no metadata of the
-            requested kind.
+        metadata: the JSON value that was saved with the tensors. None if the file is of another kind or was written
+            by another program.
     """
 
     tensors: dict[str, Tensor]
@@ -137,10 +137,10 @@ def load_tensors(
     Args:
         path: the path of the file.
         kind: the kind that the file was saved with.
-        memory_map: True memory-maps the file, so that the tensors take no memory until they are used. Use True only for
-            files that nobody changes in place, because the checksum is verified only once. If the file is cut short
-            later, the process crashes. False copies the tensors and verifies the copy, so the file may be changed
-            afterwards.
+        memory_map: True memory-maps the file, so that the tensors take no memory until they are used. As long as the
+            tensors are in use, the file must not be changed in place: changes are not detected, and the process crashes
+            if the file becomes shorter. False copies the tensors and then verifies the checksum of the copy. Later
+            changes of the file have no effect on the copy.
         memory_limit: with ``memory_map=False``, the maximum size in bytes of a file that is copied into memory. A
             larger file is copied into a temporary file that nobody else can change, and this copy is memory-mapped.
             None sets no limit.

@@ -1,4 +1,4 @@
-"""Read the header of a safetensors file, with the position of each tensor, and check every number in it."""
+"""Read the header and the tensors of a safetensors file, and check that the header is valid."""
 
 from __future__ import annotations
 
@@ -115,8 +115,8 @@ def parse_json(text: str | bytes) -> Any:
     """Parse JSON from a source that may not be trustworthy.
 
     Raises:
-        ValueError: the text is not JSON, contains an integer that is too long to be printed, or is nested so deeply
-            (about 400 levels) that recursive code could fail on it.
+        ValueError: the text is not JSON, contains an integer of more than 100 digits, or has more than about 400
+            nested levels.
     """
     try:
         value = json.loads(text, parse_int=_integer)

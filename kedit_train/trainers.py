@@ -1,4 +1,4 @@
-"""Knowledge edits with TRL's ``SFTTrainer``, described by a configuration instead of a list of callbacks."""
+"""Edit a model with TRL's ``SFTTrainer``. Fields of the configuration add the callbacks."""
 
 from __future__ import annotations
 
@@ -94,15 +94,15 @@ class EditSFTConfig(SFTConfig):
     Each of these fields holds the arguments of its callback. For example, ``parameter_scope: {layers: 0.7}`` adds
     ``ParameterScope(layers=0.7)``. On the command line, write ``--parameter_scope '{"layers": 0.7}'``. The value ``{}``
     or ``true`` adds the callback with default arguments. If the field of a callback is not set, the callback is not
-    added. ``TrlParser`` reads the configuration from YAML and the command line. The fields below belong to no callback.
+    added. ``TrlParser`` reads the configuration from YAML and the command line. Three more fields are listed below.
 
     Args:
         edits: a file that :meth:`EditDataset.load` reads, or "world" for the bundled edits. The edits are passed to all
             callbacks that need edits, for example for the evaluation. If the trainer gets no ``train_dataset``, it also
             trains on these edits.
-        prompt_format: the format of the prompts in training and evaluation: as they are ("plain"), through the chat
-            template of the tokenizer ("chat"), framed as a question ("question"), or a mapping with the arguments of
-            :class:`~kedit_train.ChatFormat`.
+        prompt_format: the format of the prompts in training and evaluation. "plain" does not change the prompts. "chat"
+            uses the chat template of the tokenizer. "question" frames every prompt as a question. For a system prompt
+            or earlier messages, set a mapping with the arguments of :class:`~kedit_train.ChatFormat`.
         append_eos: whether the targets of an ``EditDataset`` end with end-of-text: true, false or "auto". "auto" works
             as in :class:`~kedit_train.modules.EditDataModule`.
 
@@ -205,7 +205,7 @@ class EditSFTConfig(SFTConfig):
 
 
 class EditSFTTrainer(SFTTrainer):
-    """TRL's ``SFTTrainer`` with the callbacks of an :class:`EditSFTConfig` and a model card section on the edit.
+    """TRL's ``SFTTrainer`` with the callbacks of an :class:`EditSFTConfig`.
 
     The trained weights are the same as with an ``SFTTrainer`` and the same callbacks. TRL writes a model card
     (``README.md``) next to every saved model. If ``EditMetrics`` is one of the callbacks, the model card gets a section
@@ -222,7 +222,8 @@ class EditSFTTrainer(SFTTrainer):
         kwargs: all other arguments of ``SFTTrainer``.
 
     Attributes:
-        answer_end: whether targets end with end-of-text, and why. None if ``train_dataset`` is not an ``EditDataset``.
+        answer_end: whether targets end with end-of-text, with the reason for this decision. None if you pass a
+            ``train_dataset`` that is not an ``EditDataset``.
 
     Raises:
         EditError: there is nothing to train on, or no callback is from this package.
@@ -294,12 +295,11 @@ class EditSFTTrainer(SFTTrainer):
     def _decide_end(self, edits: EditDataset) -> EndDecision:
         """Decide whether targets end with end-of-text, and tokenize the training data again if necessary.
 
-        The tokens that TRL computed cannot be used in two cases:
+        The tokens of TRL are replaced in two cases:
 
         - Targets should not end with end-of-text. TRL always appends end-of-text.
-        - The prompt format is a ``ChatFormat`` with ``thinking=True``. An empty block of thoughts must then stand
-          between each prompt and its target, and this block must not count in the loss. TRL would count the block, so
-          TRL got the examples without it.
+        - The prompt format is a ``ChatFormat`` with ``thinking=True``. The tokens of TRL lack the empty block of
+          thoughts between prompt and target, because TRL would include this block in the loss.
         """
         args: Any = self.args
         tokenizer, prompt_format = self.processing_class, read_format(args.prompt_format)

@@ -10,8 +10,8 @@ These are the scores on the 24 bundled edits. docs/results.md has scores on long
 ``--keep`` chooses how the answers to other prompts are kept. The default is ``null_space`` for pretrained models and
 ``kl`` for the bundled model.
 
-With ``--keep null_space``, ``NullSpace`` reads the texts before the first edit, and each edit before the next one is
-trained. Later edits hardly change the outputs of the edited layers on the texts and on the earlier edits. No learning
+With ``--keep null_space``, ``NullSpace`` reads the texts before the first edit. After each edit, it also reads that
+edit. Later edits then hardly change the outputs of the edited layers on the texts and on the earlier edits. No learning
 rate is needed.
 
 With ``--keep kl``, ``KLLocality`` keeps the predictions of the unedited model on the texts, and the answers of all
@@ -22,10 +22,10 @@ protects knowledge that the texts do not contain. For models with a few million 
 If you can train the edits together, use kedit_default.yaml or sequential.yaml. With many edits, these recipes give
 better scores.
 
-After each edit, the script counts how many of the edits so far the model still knows, and prints these numbers as a
-table. It also writes retention.png, report.json, report.html and edit.safetensors. Use `kedit apply` to apply
-edit.safetensors to the base model. If you stop the script early, edit.safetensors contains the edits that were trained
-so far.
+After 1, 10, 100 and 1,000 edits, and after the last edit, the script measures the scores of all edits so far. At the
+end, it prints these scores as a table, and writes retention.png, report.json, report.html and edit.safetensors. Use
+`kedit apply` to apply edit.safetensors to the base model. If you stop the script early, edit.safetensors contains the
+edits that were trained so far.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Make additional training examples for edits with the unedited model, and let it rewrite the targets of edits."""
+"""Use the unedited model to make additional training examples, and to rewrite the targets of edits."""
 
 from __future__ import annotations
 
@@ -59,14 +59,14 @@ class AugmentationOptions:
             of edits.
         previous_edits: a file of edits that the model has already learned. These edits are trained again. A previous
             edit is left out if it is too similar to an edit of the run (see :func:`augmentation`).
-        rewrite: train on targets that the unedited model writes (MixSD). The model writes each token with
-            the new fact in its context or, with the probability ``rewrite``, without the fact. The value is in [0, 1);
-            the MixSD paper uses 0.3 to 0.5. The edits are still evaluated with their own targets. None: the edits are
-            trained with their own targets.
+        rewrite: train on targets that the unedited model writes (MixSD). The value is the probability, in [0, 1), that
+            the model writes a token without reading the new fact. For all other tokens, the model reads the new fact.
+            The MixSD paper uses 0.3 to 0.5. The edits are still evaluated with their own targets. With None, the edits
+            are trained with their own targets.
         study: a file of study rows. A study row is a text about a document: a paraphrase, a question with its answer,
             an implication or a continuation. If the file does not exist, the unedited model writes the rows
-            (:func:`study_rows`). This needs a chat template. If the file exists, its rows are read and nothing is
-            written. None: no study rows.
+            (:func:`study_rows`), and its tokenizer needs a chat template. If the file exists, its rows are read and
+            nothing is written. With None, there are no study rows.
         study_ratio: number of study tokens per document token, above 0. Rows are drawn with the seed of the run until
             this ratio is reached. None uses all rows.
 
@@ -114,7 +114,8 @@ class Augmentation:
         leak_check: finds pseudo-paraphrases that contain a scored prompt of the run. A call leaves these
             pseudo-paraphrases out.
         summary: one line that says how many examples were made and how many were left out.
-        rewritten: a dict from prompt and target of an edit to the edit with the target that the unedited model wrote.
+        rewritten: a dict with the edits whose targets the unedited model has rewritten. The key of a rewritten edit is
+            the tuple (prompt, target) of the original edit.
         study: a dict from the prompt of a document to its study rows, which are training examples about the document.
             A call with some of the documents returns only the rows of these documents.
     """
@@ -134,11 +135,14 @@ class Augmentation:
         return [*allowed, *self.replay, *(row for edit in edits for row in self.study.get(edit.prompt, ()))]
 
     def rewrite(self, edits: Sequence[Edit]) -> list[Edit]:
-        """Replace each edit by its rewritten edit, if there is one. Rewritten edits have no evaluation questions."""
+        """Return the edits with their rewritten targets. An edit without a rewritten target is returned unchanged.
+
+        Use the result for the training only: rewritten edits have no rephrases and no evaluation questions.
+        """
         return [self.rewritten.get((edit.prompt, edit.target), edit) for edit in edits]
 
     def training_edits(self, edits: Sequence[Edit]) -> list[Edit]:
-        """Return all examples to train: the edits, with rewritten targets if any, and the additional examples."""
+        """Return all examples to train: the edits (with rewritten targets, if any) and the additional examples."""
         return [*self.rewrite(edits), *self(edits)]
 
     def __repr__(self) -> str:
@@ -161,7 +165,7 @@ def augmentation(
     prompt_format: PromptFormat = "plain",
     batch_size: int = 64,
 ) -> Augmentation:
-    """Make additional training examples with the unedited model, and rewrite the targets of the edits if asked.
+    """Use the unedited model to make additional training examples and, with ``rewrite``, new targets for the edits.
 
     No example contains a scored prompt of the edits: a rephrase, or the prompt of a locality or portability question.
     Call this function once, before the training, and use its result:
@@ -186,9 +190,9 @@ def augmentation(
             with their own targets. A previous edit is left out if its prompt contains a subject or a prompt of
             ``edits``. It is also left out if its prompt and its target together contain a scored prompt of ``edits``.
         rewrite: train the edits on targets that ``model`` writes
-            (:func:`~kedit_train.augmentation.rewrites.rewrite_targets`). The model writes each token with the new
-            fact in its context or, with the probability ``rewrite``, without the fact. The value is in [0, 1). None:
-            the edits are trained with their own targets.
+            (:func:`~kedit_train.augmentation.rewrites.rewrite_targets`). The value is the probability, in [0, 1), that
+            ``model`` writes a token without reading the new fact. For all other tokens, ``model`` reads the new fact.
+            With None, the edits are trained with their own targets.
         study: the study rows (training examples about documents), as a result of :func:`study_rows` or as a file. If
             the file does not exist, ``model`` writes the rows, sampled with ``seed``. If a result of :func:`study_rows`
             has rows about documents that are not in ``edits``, these rows are left out.
@@ -289,8 +293,7 @@ def _prefixes(
     if len(texts) < per_edit:
         raise EditError(
             f"prefixes={per_edit} is too high: only {len(texts)} of {len(generated)} generated prefixes can be used. "
-            "The others contain a subject, a prompt, a rephrase or a probe of an edit, or are also prefixes of the "
-            "evaluation; set prefixes to a smaller number."
+            "The others contain text of an edit or of the evaluation; set prefixes to a smaller number."
         )
     paraphrases = with_prefixes(edits, texts, per_edit, seed)
     leaked = sum(check.contains_scored_prompt(example.prompt) for example in paraphrases)

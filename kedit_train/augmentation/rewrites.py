@@ -1,4 +1,4 @@
-"""MixSD: the unedited model writes the targets of edits itself, so that they are closer to its own distribution."""
+"""MixSD: the unedited model rewrites the targets of edits in its own words."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def rewrite_targets(
     batch_size: int = 64,
     max_new_tokens: int = 64,
 ) -> RewrittenTargets:
-    """Let the unedited model write the targets of edits, token by token with or without the new fact in its context.
+    """Let the unedited model rewrite the targets of edits in its own words (MixSD).
 
     Each token is the most probable token of ``model``. With probability ``mix``, the model reads only the prompt and
     the earlier tokens. Otherwise it also reads a sentence that states the new fact. So the text states the fact, but is
@@ -82,10 +82,10 @@ def rewrite_targets(
         model: the unedited model.
         tokenizer: the tokenizer of the model.
         edits: the edits.
-        mix: probability that a token is written without the fact, in [0, 1). Called lambda in the paper.
+        mix: probability that a token is written without the fact, in [0, 1). The paper calls it lambda.
         seed: seed of the random choices. The choices for an edit do not depend on the other edits.
-        verify: function ``verify(edit, text)`` that returns whether a text states the new fact. None: the text must
-            contain the target or an alias as whole words.
+        verify: function ``verify(edit, text)`` that returns whether a text states the new fact. With None, the text
+            must contain the target or an alias as whole words.
         prompt_format: the prompt format of the training: "plain", "chat", "question" or a ``ChatFormat``.
         batch_size: number of edits per forward pass.
         max_new_tokens: maximum length of a text in tokens.
@@ -185,7 +185,7 @@ def _decode(
     limits: Sequence[int],
     is_end: Callable[[int], bool],
 ) -> list[Continuation]:
-    """Write one text per row. ``informed`` has the prompts with the fact, and ``plain`` the same prompts without it."""
+    """Write one text per row, from prompts with the fact (``informed``) and without it (``plain``)."""
     texts, active = [Continuation() for _ in limits], list(range(len(limits)))
     while active:
         with_fact, without = (batch.next_logits().argmax(-1).tolist() for batch in (informed, plain))

@@ -54,8 +54,8 @@ class StudyRows:
     Args:
         rows: the rows to train.
         texts: number of texts that the model wrote. A text with several questions gives several rows.
-        unusable: number of texts that gave no row. The model did not end the text, or the text is a copy of its
-            document. A text of the kind "question" also gives no row if it has no new question with an answer.
+        unusable: number of texts that gave no row: texts that the model did not end, copies of a document, and texts of
+            the kind "question" without a new question and its answer.
         rejected: number of rows that ``verify`` rejected.
         leaked: number of rows that contain an evaluation prompt of the documents.
     """
@@ -67,7 +67,7 @@ class StudyRows:
     leaked: int = 0
 
     def describe(self) -> str:
-        """Return the numbers of rows and of texts that were left out as one phrase."""
+        """Return one phrase: the number of rows, and how many texts and rows were left out."""
         return (
             f"{len(self.rows)} study rows from {self.texts} texts ({self.unusable} texts were not usable, "
             f"{self.rejected} rows were rejected by verify, and {self.leaked} rows contained an evaluation prompt)"
@@ -75,11 +75,11 @@ class StudyRows:
 
 
 def is_grounded(row: StudyRow, document: Edit) -> bool:
-    """Return whether a row agrees with its document as far as words can tell.
+    """Return whether a row agrees with its document, according to simple rules.
 
     The answer to a question must have a letter or a digit, and must be in the document as whole words. For a row of any
-    other kind, all numbers in its text must be in the document. This is the default of ``study_rows(verify=)`` for new
-    rows. It does not understand the text.
+    other kind, all numbers in its text must be in the document. These rules do not find every false text. With
+    ``verify=None``, :func:`study_rows` calls this function for new rows.
 
     Example:
         >>> document = Edit("The ferry", "Orla runs the ferry since 1987.")
@@ -131,9 +131,9 @@ def study_rows(
         per_kind: number of texts of each kind per document. None writes one. A text of the kind "question" may have up
             to three questions, and each of them is a row.
         seed: seed of the samples. None uses 0.
-        verify: function ``verify(row, document)`` that returns whether a row is true. Rejected rows are not returned. A
-            new file does not contain them, and an existing file is not changed. None uses :func:`is_grounded` for new
-            rows, and accepts all rows of an existing file.
+        verify: function ``verify(row, document)`` that returns whether a row is true. Rejected rows are not returned
+            and not written to a new file. An existing file is not changed. With None, :func:`is_grounded` checks new
+            rows, and all rows of an existing file are accepted.
         batch_size: number of texts per forward pass.
         max_new_tokens: maximum length of a text in tokens. Longer texts are left out.
 

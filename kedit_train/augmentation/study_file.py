@@ -27,7 +27,7 @@ _PART = re.compile(r" \(part \d+\)$")
 def save_rows(
     path: Path, documents: Sequence[Edit], settings: Mapping[str, Any], rows: Sequence[Mapping[str, str]]
 ) -> None:
-    """Write a file: the settings with one hash per document in the first line, and one row in every other line."""
+    """Write the rows to a JSONL file, one per line. The first line has the settings and one hash per document."""
     path.parent.mkdir(parents=True, exist_ok=True)
     first = {"settings": {"documents": _hashes(documents), **settings}}
     with writing(path) as unfinished, unfinished.open("w", encoding="utf-8", newline="\n") as file:
@@ -59,10 +59,10 @@ def load_rows(path: Path, documents: Sequence[Edit]) -> tuple[dict[str, Any], li
 
 
 def title_in(title: str, titles: Collection[str]) -> str | None:
-    """Look up the title of a row's document in ``titles``. Return None if it is not found.
+    """Look up the title of a document in ``titles``. Return the title that was found, or None.
 
-    The title may name a part of a document, such as "News (part 2)". If ``titles`` does not contain this part, the
-    title of the whole document is looked up and returned.
+    If ``title`` names a part, such as "News (part 2)", and ``titles`` does not contain this part, the title of the
+    whole document ("News") is looked up instead.
 
     Example:
         >>> title_in("News (part 2)", {"News"}), title_in("News (part 2)", {"News", "News (part 2)"})
@@ -103,7 +103,7 @@ def _row(path: Path, number: int, line: str, titles: Collection[str]) -> dict[st
     title = title_in(row["document"], titles)
     if title is None:
         raise EditError(
-            f"{path}, line {number}: document must be the title of a document of the run, got "
+            f'{path}, line {number}: the field "document" must be the title of a document of the run, got '
             f"{shorten(row['document'])!r}; correct the title, or pass all documents of the file."
         )
     return {**row, "document": title}

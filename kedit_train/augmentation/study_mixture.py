@@ -23,7 +23,9 @@ def mixed_rows(
     seed: int,
     prompt_format: PromptFormat,
 ) -> tuple[dict[str, tuple[Edit, ...]], str]:
-    """Draw study rows at random until they have ``ratio`` target tokens per target token of the documents.
+    """Draw study rows at random until they have ``ratio`` times as many tokens as the documents.
+
+    Only the tokens of the targets are counted.
 
     Args:
         tokenizer: a tokenizer of ``transformers``.
@@ -31,12 +33,13 @@ def mixed_rows(
         written: the study rows of the documents.
         ratio: number of study tokens per document token. None takes all rows. If there are too few rows, all are taken.
         seed: seed of the draw.
-        prompt_format: the prompt format of the training. With "plain", questions are written as in the format
-            "question", so that the model can tell them from a document.
+        prompt_format: the prompt format of the training. With "plain", rows of the kind "question" are written in the
+            format "question", so that the model can distinguish a question from a document.
 
     Returns:
-        A dict from the prompt of a document to the training examples of its rows, and one phrase with the ratio. Rows
-        of other documents are left out, and the phrase counts them.
+        Two values. The first is a dict from the prompt of a document to the training examples about this document. The
+        second is a phrase with the ratio, and with the number of rows that are left out because they are about other
+        documents.
 
     Raises:
         EditError: all rows are about other documents.

@@ -55,8 +55,9 @@ def write_texts(
     """Sample ``per_kind`` texts of each kind for each document.
 
     Returns:
-        For each text, the index of its document, its kind, and its training examples: pairs of a prompt and a target. A
-        text that the model did not end, or that has no question with an answer, has no examples.
+        One tuple per text: the index of its document, its kind, and its training examples as pairs (prompt, target). A
+        text that the model did not end has no examples. A text of the kind "question" has one example for each question
+        with an answer.
 
     Raises:
         EditError: the tokenizer has no chat template, or a document is too long for the model.
@@ -101,7 +102,7 @@ def _request(tokenizer: Any, document: Edit, kind: str) -> list[int]:
 def _sample(
     model: Any, tokenizer: Any, sequences: Sequence[list[int]], seed: int, batch_size: int, max_new_tokens: int
 ) -> list[str | None]:
-    """Return one sampled text per sequence, or None if the model did not end it."""
+    """Sample one text per sequence. A text that the model did not end is None."""
     is_end, pad_id, device = AnswerEnd(model, tokenizer, (), "chat"), pad_token_id(tokenizer), model_device(model)
     settings = GenerationConfig(
         max_new_tokens=max_new_tokens, eos_token_id=sorted(is_end.ids), pad_token_id=pad_id, **_SAMPLING

@@ -122,8 +122,8 @@ class EditCallback(TransformersEvents, LightningEvents):
         exact values.
 
         Args:
-            weights: a dict from parameter name to the weight after the step and after the constraints of earlier
-                callbacks. Do not modify these tensors in place.
+            weights: a dict from parameter name to the current weight. The optimizer step and the constraints of earlier
+                callbacks have already changed these weights. Do not modify the tensors in place.
             reference: a mapping from parameter name to the weight before the edit.
 
         Returns:

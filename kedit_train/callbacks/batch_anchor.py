@@ -19,15 +19,15 @@ from kedit_train.functional.divergence import Direction
 class BatchAnchor(EditCallback):
     """Penalize changed predictions on the training tokens, compared with the model before the edit.
 
-    For each token with a label, ``weight`` times the divergence from the model before the edit is added to the loss of
-    the token. The resulting token losses are averaged in the same way as the original losses. The logged loss includes
-    the divergence. ``BatchAnchor`` needs no texts other than the training data.
+    For each token with a label, the divergence from the model before the edit is multiplied by ``weight`` and added to
+    the loss of the token. The resulting token losses are averaged in the same way as the original losses. The logged
+    loss includes the divergence. ``BatchAnchor`` needs no texts other than the training data.
 
-    When an example occurs for the first time, the model before the edit computes the hidden states of the example. This
-    takes an additional forward pass. These reference hidden states are stored, so later epochs need no additional
-    forward pass. With packing, each packed sequence counts as one example. With DDP, each process stores the hidden
-    states of its own examples. In full fine-tuning without :class:`ParameterScope`, a copy of all weights from before
-    the edit is kept for the additional forward passes.
+    ``BatchAnchor`` needs the hidden states of the model before the edit (reference hidden states). When an example
+    occurs for the first time, an additional forward pass computes them. They are then stored, so later epochs need no
+    additional forward pass. With packing, each packed sequence counts as one example. With DDP, each process stores the
+    hidden states of its own examples. In full fine-tuning without :class:`ParameterScope`, a copy of all weights from
+    before the edit is kept for the additional forward passes.
 
     Args:
         weight: factor of the divergence in the loss of a token.

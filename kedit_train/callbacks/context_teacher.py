@@ -1,4 +1,4 @@
-"""ContextTeacher: train the model to predict what the unedited model predicts when the new fact is in its context."""
+"""ContextTeacher: train the model on the predictions that the unedited model makes when it reads the new fact."""
 
 from __future__ import annotations
 
@@ -23,16 +23,14 @@ from kedit_train.functional.distillation import distillation
 
 
 class ContextTeacher(TokenLoss):
-    """Train the model to predict what the unedited model predicts when the new fact is in its context.
+    """Train the model on the predictions that the unedited model makes when it reads the new fact.
 
-    This is context distillation.
-
-    The teacher is the unedited model. Before the first step, the teacher reads one text for each edit: a sentence that
-    states the new fact, followed by the prompt and the target of the edit. For each token of the target, the teacher's
-    next-token distribution is stored: the probabilities of the ``top_k`` most probable tokens, and the total
-    probability of all other tokens. The model in training learns to predict these distributions without the fact in its
-    context. The loss is the KL divergence of the trained model from the teacher. A step costs about as much as a step
-    with cross-entropy, because the distributions are computed only once.
+    This method is called context distillation. The teacher is the unedited model. Before the first step, the teacher
+    reads one text for each edit: a sentence that states the new fact, followed by the prompt and the target of the
+    edit. For each token of the target, the teacher's next-token distribution is stored: the probabilities of the
+    ``top_k`` most probable tokens, and the total probability of all other tokens. The model in training learns these
+    distributions, but does not read the fact. The loss is the KL divergence of the trained model from the teacher. A
+    step costs about as much as a step with cross-entropy, because the distributions are computed only once.
 
     If the label of a token is not the teacher's most probable token, the token is trained towards its label, as with
     cross-entropy. The tokens of training examples that are not edits, such as replayed facts, are also trained towards
@@ -43,8 +41,8 @@ class ContextTeacher(TokenLoss):
     error is raised before the first step.
 
     The training step must call ``model(..., labels=labels)`` and use the loss that the model returns, as for
-    :class:`TokenLoss`. An example of a batch is recognized as an edit by its token ids. It must begin with the prompt
-    and the target of the edit.
+    :class:`TokenLoss`. An example of a batch counts as an edit if its token ids begin with the prompt and the target of
+    the edit.
 
     Args:
         edits: the edits that are trained: a path or a sequence of edits. None takes the edits of ``EditMetrics`` or of

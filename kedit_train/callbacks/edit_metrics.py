@@ -46,14 +46,14 @@ class EditMetrics(EditCallback):
     evaluations. ``edit/metrics/share_of_time`` is the time of the evaluations during training, divided by the training
     time.
 
-    For a mixture-of-experts model, ``edit/router/kl`` is KL(unedited || edited) of the distributions over experts that
-    the routers compute on the locality prompts. Details:
+    For a mixture-of-experts model, ``edit/router/kl`` measures how much the edit changes the choice of experts on the
+    locality prompts. It is KL(unedited || edited) of the routers' distributions over experts. Details:
     :class:`~kedit_train.evaluation.scoring.router_divergence.RouterDivergence`.
 
     After training, three tables are logged: all answers (``edit/answers``), changed answers to the locality prompts
     (``edit/changed_elsewhere``), and scores of the target tokens by position (``edit/positions``). W&B also receives
-    charts of ``edit/positions``, the arguments of all callbacks, the hash of the edits, and the report as a page and as
-    artifacts.
+    the report (as a page and as artifacts), the arguments of all callbacks, the hash of the edits, and charts of
+    ``edit/positions``.
 
     The model is prompted in the format of the training examples: as plain text, through the chat template, or as a
     question. The format is read from the dataset of a ``transformers`` or TRL trainer, or from ``EditDataModule``. In
@@ -73,8 +73,9 @@ class EditMetrics(EditCallback):
             evaluations never end training.
         limit: maximum number of edits per evaluation during training. The edits are a fixed random sample. None takes
             all edits.
-        report_path: file for the final report: Markdown if the path ends in ``.md``, HTML if in ``.html``, otherwise
-            JSON. Beside a JSON file, the same report is written as an HTML page. None writes no file.
+        report_path: file for the final report. The ending of the path sets the format: ``.md`` for Markdown, ``.html``
+            for HTML, any other ending for JSON. Beside a JSON file, the same report is written as an HTML page. None
+            writes no file.
         show: whether to print the final report as a table.
         max_fraction_of_time: maximum fraction of the training time that evaluations during training may take, in
             (0, 1). If the evaluations so far took a larger fraction, the next evaluation during training is skipped.
@@ -245,7 +246,7 @@ class EditMetrics(EditCallback):
             print(f"report: {path}" + ("" if is_page else f" (as a page: {report.save(path.with_suffix('.html'))})"))
 
     def _evaluate_sample(self, run: EditRun) -> None:
-        """Evaluate the fixed sample of the edits, log the scores and end training if ``stop_at`` is reached."""
+        """Evaluate the fixed sample of the edits, and log the scores. End training if ``stop_at`` is reached."""
         seconds_before = self._seconds
         report = self._evaluate(run, limit=self.limit, before=self.unedited)
         self._seconds_in_training += self._seconds - seconds_before
@@ -287,10 +288,10 @@ class EditMetrics(EditCallback):
         return self.evaluation.distributed and is_distributed()
 
     def _gather_distributions(self, report: Report) -> Report:
-        """Collect the next-token distributions from all processes, and return the report with all of them.
+        """Return the report with the next-token distributions from all processes.
 
-        Each process records the distributions of the unedited model for its own part of the edits. A later evaluation
-        of a sample divides the edits among the processes in another way, so every process needs all distributions.
+        Each process has the distributions of the unedited model only for its own part of the edits. Later evaluations
+        divide the edits among the processes in another way, so every process needs all distributions.
         """
         if not report.distributions or not self._is_shared():
             return report

@@ -1,4 +1,4 @@
-"""ForecastMetrics: measure the error of a forecaster on new data, and the change of its forecasts on kept inputs."""
+"""ForecastMetrics: measure the error of a forecaster on new data, and how much its other forecasts change."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ _TARGETS = "targets"
 
 
 class ForecastMetrics(EditCallback):
-    """Measure the error on new data, and the change of the outputs on inputs where they should stay the same.
+    """Measure the error on new data, and how much the outputs change on inputs where they should not change.
 
     The model may be any module, for example a forecaster. Every ``every_n_steps`` optimizer steps and after training,
     the model is called in evaluation mode on all inputs, and two metrics are logged. The error before training is the
     attribute ``unedited_error``.
 
-    - ``edit/forecast/error``: the mean squared error or the mean quantile loss on the new inputs.
-    - ``edit/forecast/change``: the norm of the change of all outputs on the kept inputs, divided by the norm of these
-      outputs before the edit.
+    - ``edit/forecast/error``: the mean squared error or the mean quantile loss on the inputs ``new``.
+    - ``edit/forecast/change``: how much the outputs on the inputs ``kept`` have changed. It is the norm of this change,
+      divided by the norm of the outputs before the edit.
 
     The trainer's own evaluations contain both metrics, too. In ``transformers``, the metrics are then named
     ``eval_edit_forecast_error`` and ``eval_edit_forecast_change``.
@@ -51,8 +51,8 @@ class ForecastMetrics(EditCallback):
         error: "mse" is the mean squared error. The output has the shape of its target. "quantile" is the mean quantile
             loss. The output has the shape [..., Q] for a target of the shape [...].
         quantiles: the Q quantile levels, in (0, 1), for ``error="quantile"``.
-        output: which tensor of the model's output to use: a name, an index, or a function of the output. None requires
-            that the output is a tensor.
+        output: which tensor of the model's output to use: a name, an index, or a function of the output. With None, the
+            output must be a tensor.
         module: name of the submodule to call. None calls the module that the loop trains or, if this module
             contains a language model, only the language model.
 
@@ -199,7 +199,10 @@ class ForecastMetrics(EditCallback):
         if isinstance(self.new, str | os.PathLike):
             items = read_model_inputs(self.new, "new")
             if _TARGETS not in items[0]:
-                raise EditError(f'{self.new} must contain a tensor "{_TARGETS}", got {", ".join(items[0])}.')
+                given = ", ".join(items[0])
+                raise EditError(
+                    f'{self.new} must contain a tensor named "{_TARGETS}", got only {given}; add this tensor.'
+                )
             return items, [item.pop(_TARGETS) for item in items]
         if not isinstance(self.new, tuple | list) or len(self.new) != 2:
             raise EditError(f"new must be a pair (inputs, targets), got {type(self.new).__name__}; pass two lists.")

@@ -1,4 +1,4 @@
-"""ForgetFirst: subtract the old answers from the weights before training begins (F-Learning)."""
+"""ForgetFirst: make the model forget the old answers before training begins (F-Learning)."""
 
 from __future__ import annotations
 
@@ -47,13 +47,13 @@ class ForgetFirst(EditCallback):
     the perplexity before the subtraction, the search ends. The previous coefficient is then used. If there is no
     previous coefficient, nothing is subtracted. If the old answers are not forgotten, a warning is issued.
 
-    The old answer of an edit is the ``old_target`` of the edit. If the model does not generate the ``old_target``
-    before the edit, this answer is not subtracted. If an edit has no ``old_target``, the old answer is the answer that
-    the model generates. If this answer is already the new answer, nothing is subtracted for this edit.
+    The old answer of an edit is the ``old_target`` of the edit. If the model does not generate this answer before the
+    edit, nothing is subtracted for this edit. If an edit has no ``old_target``, the old answer is the answer that the
+    model generates. If this answer is already the new answer, nothing is subtracted for this edit.
 
     The model before forgetting remains the reference for the drift metrics, ``SaveDelta``, the first evaluation of
     ``EditMetrics``, ``KLLocality`` and ``NormBall``. The constraints of other callbacks also apply to the subtraction,
-    so a ``NormBall`` with a small radius removes most of the subtracted change. With a learning rate of 0, the run only
+    so a ``NormBall`` with a small radius undoes most of the subtraction. With a learning rate of 0, the run only
     forgets. A resumed run does not forget again.
 
     Args:
@@ -62,13 +62,13 @@ class ForgetFirst(EditCallback):
             at much smaller coefficients than prose does.
         edits: a path or a sequence of edits. None uses the edits of ``EditMetrics`` or of the training loop.
         coefficients: how much to subtract, as numbers > 0. None uses 0.1, 0.3, 0.5 and 0.7, as in the paper.
-        scale: how the coefficient sets the size of the subtracted change. With "trained", the trained difference
-            ``FT(theta, old) - theta`` is multiplied by the coefficient, as in the paper. With "base" (default), the
-            trained difference is rescaled so that its norm is the coefficient times the norm of the original weights.
-            Only the parameters that the training changed count. The size then does not depend on the length of the
-            training.
-        max_probability: the old answers count as forgotten at this mean probability or below, in (0, 1).
-        max_perplexity_ratio: maximum ratio of the perplexity on ``texts`` after the subtraction to the perplexity
+        scale: how the coefficient sets the size of the subtracted change. With "trained", the weight change
+            ``FT(theta, old) - theta`` is multiplied by the coefficient, as in the paper. With "base" (default), this
+            weight change is rescaled. Its norm is then the coefficient times the norm of the original weights, and does
+            not depend on the length of the training. Parameters that the training did not change are left out of the
+            norms.
+        max_probability: the old answers count as forgotten if their mean probability is at most this value, in (0, 1).
+        max_perplexity_ratio: maximum of the perplexity on ``texts`` after the subtraction, divided by the perplexity
             before the subtraction, >= 1.
         training: how to train on the old answers: a :class:`ForgetTraining` or a mapping of its arguments. None uses
             the defaults.
@@ -76,9 +76,11 @@ class ForgetFirst(EditCallback):
             the format of the training data.
 
     Attributes:
-        measured: one measurement of the model before forgetting, followed by one for each coefficient that was tried.
+        measured: a list of measurements. The first one describes the model before forgetting. Each coefficient that was
+            tried adds one measurement.
         chosen: index in ``measured`` of the coefficient that was subtracted; 0 if nothing was subtracted.
-        length: norm of the trained difference, divided by the norm that the changed weights had before the training.
+        length: norm of the weight change ``FT(theta, old) - theta``, divided by the norm of the original weights.
+            Parameters that the training did not change are left out of the norms.
 
     Raises:
         EditError: an argument is out of range, there is no ``ParameterScope``, the model has adapters, or the scope is
@@ -202,7 +204,7 @@ class ForgetFirst(EditCallback):
         }
 
     def _forget(self, run: EditRun) -> str:
-        """Subtract the old answers from the weights of the model, and return a one-line summary."""
+        """Make the model forget the old answers, and return a one-line summary."""
         edits = self._edits(run)
         tokenizer = run.tokenizer()
         texts = self.texts.load(edits, tokenizer=tokenizer)

@@ -32,12 +32,12 @@ _OWNERS: dict[str, str] = {"texts": "KLLocality", "batch": "BatchAnchor", "outpu
 class ForgettingBudget(EditCallback):
     """Keep the divergence from the model before the edit within a budget, by adapting the weight of a penalty.
 
-    Another callback adds the penalty: :class:`KLLocality` penalizes the divergence on texts, :class:`BatchAnchor` the
-    divergence on the training data itself, and :class:`OutputAnchor` a distance of outputs, such as forecasts. After
-    each optimizer step, ``ForgettingBudget`` compares a running average of the divergence with 0.9 times the budget. If
-    the average is larger, the weight of the penalty rises. Otherwise, the weight falls (dual ascent on a Lagrange
-    multiplier). You therefore choose how much the model may change, and do not have to choose a weight. The argument
-    ``weight`` of the penalty is only the value at the start.
+    Another callback adds the penalty. :class:`KLLocality` penalizes the divergence on texts. :class:`BatchAnchor`
+    penalizes the divergence on the training data. :class:`OutputAnchor` penalizes changed outputs, such as forecasts.
+    After each optimizer step, ``ForgettingBudget`` compares a running average of the divergence with 0.9 times the
+    budget. If the average is larger, the weight of the penalty rises. Otherwise, the weight falls (dual ascent on a
+    Lagrange multiplier). You therefore choose how much the model may change, and do not have to choose a weight. The
+    argument ``weight`` of the penalty is only the value at the start.
 
     If the run is long enough, the divergence is within the budget at its end. In the first steps, the divergence can be
     above the budget, because the weight has not yet adapted. The divergence of a step is measured before the weights
@@ -47,11 +47,11 @@ class ForgettingBudget(EditCallback):
     Args:
         kl: the budget: mean divergence per token in nats, in the direction that the penalty uses. For
             :class:`OutputAnchor`, the budget is a mean distance, in the unit of the chosen ``distance``.
-        step_size: how fast the weight adapts. The weight follows a Lagrange multiplier, which rises or falls in one
-            step at most by the factor exp(step_size). The weight equals the multiplier, except while the running
-            average of the divergence is above 0.9 times the budget. It is then up to 1.65 times the multiplier.
+        step_size: how fast the weight adapts. In each step, a Lagrange multiplier rises or falls by at most the factor
+            exp(step_size). If the running average of the divergence is at most 0.9 times the budget, the weight is this
+            multiplier. If the average is larger, the weight is up to 1.65 times this multiplier.
         measured_on: which penalty to adapt, if there are several: "texts" (KLLocality), "batch" (BatchAnchor) or
-            "outputs" (OutputAnchor). None requires that there is only one.
+            "outputs" (OutputAnchor). With None, there must be only one penalty.
         max_weight: upper bound of the weight. If the weight reaches this bound, the learning rate is too high for the
             budget: a larger weight would only prevent learning.
         stop_after: end training when the divergence has been above the budget in this number of consecutive steps.
@@ -203,7 +203,7 @@ class ForgettingBudget(EditCallback):
         run.stop()
 
     def metrics(self, run: EditRun) -> dict[str, float]:
-        """Return the running average of the divergence in nats per token, and the weight of the next step."""
+        """Return the running average of the divergence, in nats per token, and the current weight of the penalty."""
         if self.divergence is None or self.weight is None:
             return {}
         return {"edit/locality/budget_kl": self.divergence, "edit/locality/budget_weight": self.weight}

@@ -34,21 +34,20 @@ _SMALL = 1e-3
 class GatedAdapter(EditCallback):
     """Let a LoRA adapter act only near the prompts of the edits.
 
-    The run trains a LoRA adapter. Before the first step, this callback adds a gate to the adapter. The gate stores a
-    key for each prompt of the edits: the hidden state of the last token of the prompt at the input of one decoder
-    block. In each row of a batch, the adapter acts from the first position whose hidden state lies within the radius of
-    a key. At earlier positions, and in rows without such a position, the output of the model is bit for bit the output
-    of the unedited model in the same batch.
+    The run trains a LoRA adapter. Before the first step, this callback adds a gate to the adapter. For each edited
+    prompt, the gate stores a key and a radius. The key is the hidden state of the last token of the prompt, at the
+    input of one decoder block. In each row of a batch, the adapter begins to act at the first token whose hidden state
+    lies within the radius of a key, and acts until the end of the row. Before this token, and in rows without such a
+    token, the output of the model is bit for bit the output of the unedited model in the same batch.
 
-    If a prompt has several forms, the gate stores a key for each form. For example, some chat templates write a prompt
-    differently in training and in generation. The training dataset can also contain a prompt after other text, such as
-    a system prompt.
+    Some chat templates write a prompt differently in training and in generation. The training dataset can also contain
+    a prompt after other text, such as a system prompt. The gate stores a key for each of these forms of the prompt.
 
-    Held texts are texts on which the adapter must not act: ``texts``, prompts of the edits with other subjects (see
-    ``neighbors``), and the beginnings of the prompts of the edits. The distance from a key to the nearest hidden state
-    in the held texts, times ``margin``, is the radius of the key. With ``margin`` below 1, the adapter therefore does
-    not act on the held texts. There is one exception: if a held text begins with a whole edited prompt, the adapter
-    acts from the last token of this prompt.
+    Held texts are texts on which the adapter must not act. They are ``texts``, the prompts that ``neighbors`` adds, and
+    every edited prompt without its last token. For each key, this callback measures the distance to the nearest hidden
+    state in the held texts. The radius of the key is ``margin`` times this distance. If ``margin`` is below 1, the
+    adapter therefore does not act on the held texts. There is one exception: if a held text begins with a whole edited
+    prompt, the adapter acts from the last token of this prompt.
 
     The gate is also active in training, so the adapter acts at the same positions in training and in inference. The
     gate stays on the model after training, also after an interruption. To remove it, call ``gate.remove()``. Until
@@ -62,9 +61,10 @@ class GatedAdapter(EditCallback):
         layer: index of the decoder block whose inputs are compared with the keys. None takes the first block with an
             adapter. An index above this block is an error. At block 0, the hidden state of a token is its embedding,
             so an error is raised if a held text contains the last token of an edited prompt.
-        neighbors: number of additional held texts per edit. Each of them is the prompt of the edit with a name from the
-            texts in place of its subject (:func:`~kedit_train.data.neighbor_prompts.neighbor_prompts`). With these
-            texts, the adapter acts on fewer prompts about other subjects. Edits without a subject have no such prompts.
+        neighbors: number of additional held texts per edit. Each of them is a copy of the edited prompt in which a name
+            from the texts replaces the subject (:func:`~kedit_train.data.neighbor_prompts.neighbor_prompts`). With
+            these texts, the adapter acts on fewer prompts about other subjects. Edits without a subject get no such
+            texts.
         path: a folder in which the adapter, the gate and the tokenizer are saved when training ends. The folder must
             be new or empty, or contain an earlier gated adapter, whose files are replaced. None saves nothing.
         edits: the edits that are trained: a path or a sequence of edits. None takes the edits of ``EditMetrics`` or of
@@ -80,9 +80,9 @@ class GatedAdapter(EditCallback):
     state in the held texts) and ``edit/gate/open`` (fraction of the training examples in which the gate was open).
 
     Raises:
-        EditError: an argument is out of range, the edits are unknown, the model has no new LoRA adapter, the adapter
-            or the scope also changes the model outside of the gate, a held text has the same hidden state as a key, or
-            the folder cannot be written.
+        EditError: an argument is out of range, the edits are unknown, the model has no new LoRA adapter, the run also
+            trains parameters that the gate cannot switch off, a held text has the same hidden state as a key, or the
+            folder cannot be written.
 
     References:
         - "Aging with GRACE: Lifelong Model Editing with Discrete Key-Value Adaptors", arXiv 2211.11031.
@@ -190,21 +190,21 @@ class GatedAdapter(EditCallback):
         radii = self.margin * nearest
         if same := int((nearest == 0).sum()):
             raise EditError(
-                f"{same} of {len(radii)} keys (hidden states of edited prompts) equal a hidden state of a held text, "
-                "so no radius separates them. At block 0, hidden states are only embeddings; do not adapt block 0 "
-                "(layers_to_transform of LoRA), and do not set layer=0."
+                f"{same} of {len(radii)} keys (hidden states of edited prompts) equal a hidden state of a held text "
+                "(the adapter must not act there), so no radius separates them. At block 0, hidden states are only "
+                "embeddings; leave block 0 out of layers_to_transform (LoraConfig), and do not set layer=0."
             )
         small = int((radii < _SMALL * keys.norm(dim=1)).sum())
         if small:
             warn(
                 f"{small} of {len(radii)} keys (hidden states of edited prompts) are close to a hidden state of a held "
-                "text, so their radius is nearly 0. The adapter may then not act; adapt only higher blocks, or remove "
-                "texts with these prompts."
+                "text (the adapter must not act there), so their radius is nearly 0, and the adapter may fail to act "
+                "on these prompts; adapt only higher blocks, or remove texts that contain an edited prompt."
             )
         if opened := begin_with(held, prompts):
             warn(
-                f"{opened} of {len(held)} held texts begin with a prompt of the edits, so the adapter acts on the rest "
-                "of these texts; remove them from texts if their continuation must not change."
+                f"{opened} of {len(held)} held texts (texts on which the adapter must not act) begin with an edited "
+                "prompt, so the adapter acts on the rest of these texts in any case; remove these texts from texts=."
             )
         self._distance = float(nearest.mean())
         gate = Gate(keys, radii, layer)
@@ -280,7 +280,7 @@ class GatedAdapter(EditCallback):
         return layer
 
     def _held(self, run: EditRun) -> list[list[int]]:
-        """Return the token ids of ``texts``, and of the prompts with other subjects (see ``neighbors``)."""
+        """Return the token ids of ``texts`` and of the prompts that ``neighbors`` adds."""
         held = self.texts.tokenize(run, limit=self.limit, reason="the adapter must act there")
         neighbors = neighbor_texts(run, self.texts, self.neighbors) if self.neighbors else None
         if neighbors is not None:
@@ -288,19 +288,19 @@ class GatedAdapter(EditCallback):
         return held
 
     def _warn_about_closed_rows(self) -> None:
-        """Warn once if the gate stayed closed in some training examples, because the adapter does not learn them."""
+        """Warn once if the gate stayed closed in some training examples. The adapter does not learn such examples."""
         closed = self._rows - int(self._opened)
         if not closed or self._warned:
             return
         self._warned = True
         warn(
             f"{closed} of {self._rows} training examples do not open the gate, so the adapter does not learn them; "
-            "each example must contain a prompt of edits=, in the prompt format that the gate expects (in a plain "
-            "loop, set it with editing(prompt_format=))."
+            "each example must contain a prompt of edits=. In a plain loop, pass the prompt format of the examples to "
+            "editing(prompt_format=)."
         )
 
     def _count(self, backbone: Any, args: Any, output: Any) -> None:
-        """Count the training examples, and those in which the gate is open. Texts of penalties are not counted."""
+        """Count the training examples, and how many of them open the gate. Texts of penalties are not counted."""
         opened = None if self.gate is None else self.gate.opened_rows
         if opened is None or self._run is None or self._run.steps.adding_penalties or not torch.is_grad_enabled():
             return

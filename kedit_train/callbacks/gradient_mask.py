@@ -44,14 +44,14 @@ class GradientMask(EditCallback):
         score: how to score an entry: a name, or a :class:`MaskScore` with settings. "gradient" is the absolute value of
             the gradient of the mean loss on the target tokens. "fisher" is the diagonal Fisher information at the
             target tokens, with labels sampled from the model. This score is high for entries that affect the model's
-            current answers. "fisher_ratio" is the "fisher" score divided by the Fisher information on ``texts``. This
-            score is high for entries that affect the answers more than the predictions on the texts. "magnitude" is the
-            absolute value of the weight. "random" is a random number. "magnitude" and "random" work with any module;
-            the other scores need a causal language model.
+            current answers to the prompts of the edits. "fisher_ratio" is the "fisher" score divided by the Fisher
+            information on ``texts``. This score is high for entries that affect these answers strongly, but hardly
+            affect the predictions on the texts. "magnitude" is the absolute value of the weight. "random" is a random
+            number. "magnitude" and "random" work with any module; the other scores need a causal language model.
         density: fraction of the entries that may change, in (0, 1].
         granularity: the unit that is trained or frozen as a whole. "element" selects single entries. "row" selects
             output neurons with their bias. In an embedding, each row belongs to one token. "column" selects input
-            neurons. The biases of matrices are then frozen, because a bias has no input neurons. The score of a neuron
+            neurons, and freezes the biases of all matrices, because a bias has no input neurons. The score of a neuron
             is the mean of the scores of its entries. In a vector that is not the bias of a matrix, such as the weight
             of a norm layer, each entry counts as a neuron.
         edits: a path or a sequence of edits. Only the prompts and targets are used. None takes the edits of
@@ -231,11 +231,7 @@ class GradientMask(EditCallback):
 
 
 def _identity(run: EditRun, masks: Mapping[str, Tensor]) -> str:
-    """Return a fingerprint of weights that a run with these masks does not change.
-
-    These weights are the parameters outside the scope. If all parameters are in the scope, the frozen entries of the
-    scope are used instead. The model therefore has the same fingerprint before and after the edit.
-    """
+    """Return a fingerprint of the model that is the same before and after the edit."""
     kept: dict[str, Tensor] = {n: p for n, p in run.model.named_parameters() if n not in run.scope}
     if not kept:
         kept = {n: full_tensor(run.reference[n])[~mask.to(run.reference[n].device)] for n, mask in masks.items()}

@@ -35,21 +35,21 @@ from kedit_train.functional.top_k_divergence import bucket_divergence
 class KLLocality(EditCallback):
     """Penalize the divergence from the model before the edit, on texts unrelated to the edits.
 
-    The divergence measures how much the next-token predictions of the model differ from those before the edit (see
-    ``direction``). The penalty is ``weight`` times the mean divergence over all tokens of the texts. It is added to the
-    training loss. With ``direction="forward"``, the penalty is the locality term of MEND. With ``direction="reverse"``,
-    it is the locality term of ROME. No second model is kept in memory. Before training, the input of the output head
-    (the last hidden states) is computed and stored for each text. In every step, the output head computes the logits of
-    the model before the edit from the stored hidden states.
+    The divergence measures how much the edit has changed the next-token predictions (see ``direction``). The penalty is
+    ``weight`` times the mean divergence over all tokens of the texts. It is added to the training loss. With
+    ``direction="forward"``, the penalty is the locality term of MEND. With ``direction="reverse"``, it is the locality
+    term of ROME. No second model is kept in memory. Before training, the input of the output head (the last hidden
+    states) is computed and stored for each text. In every step, the output head computes the logits of the model before
+    the edit from the stored hidden states.
 
     Each optimizer step draws ``batch_size`` texts, the same texts on every process. Texts that contain an evaluation
-    prompt of the edits are left out, with a warning. With :class:`PrefixCache`, the texts are padded differently, which
-    changes the penalty by rounding errors.
+    prompt of the edits are left out, with a warning. :class:`PrefixCache` pads the texts differently. This changes the
+    rounding errors of the penalty.
 
-    For sequential edits, set ``sequential=True`` and use the same instance and the same model object in all runs. The
-    reference of every run is then the model before the first run. Up to half of each batch consists of previous edits,
-    so the model does not forget these edits. Without ``sequential=True``, the reference of a run is the model after the
-    previous run. Unwanted changes from previous runs are then part of the reference and are preserved.
+    For sequential edits, set ``sequential=True`` and use the same instance and the same model object in all runs. Every
+    run then penalizes the divergence from the model before the first run. Up to half of each batch consists of previous
+    edits, so the model does not forget these edits. Without ``sequential=True``, each run penalizes the divergence from
+    the model after the previous run. Unwanted changes from previous runs are then preserved.
 
     The penalty measures changes only on the texts. To limit changes on other inputs, add a :class:`NormBall` around the
     original weights, as ``recipes/one_by_one.py`` does.
@@ -69,7 +69,8 @@ class KLLocality(EditCallback):
             teacher instead of the model before the edit.
         cache: where to keep the hidden states of the reference model: a directory or a :class:`ReferenceCache`. None
             keeps all hidden states in memory for this run.
-        sequential: whether consecutive runs of this instance on one model use the reference of the first run.
+        sequential: whether consecutive runs of this instance on one model all use the model before the first run as
+            the reference model.
 
     Raises:
         EditError: an argument is out of bounds, or two arguments exclude each other.
@@ -156,9 +157,9 @@ class KLLocality(EditCallback):
         self._reference_projection = run.reference_head()
         if self.sequential and self._reference_projection is not None:
             raise EditError(
-                "with sequential=True, the output head must not be trained, because later runs use the head to compute "
-                "the reference logits from hidden states that earlier runs stored; leave the head (and embeddings "
-                "that are tied to the head) out of the scope."
+                "with sequential=True, the output head must not be trained, because later runs need the head of the "
+                "first run to compute the reference logits; leave the head (and embeddings that are tied to the head) "
+                "out of the scope."
             )
         if batches is None:
             self._batches = ReferenceBatches(
@@ -222,9 +223,9 @@ class KLLocality(EditCallback):
 
         Args:
             hidden: hidden states [N, hidden] of the model that is trained.
-            reference: hidden states [N, hidden] of the reference model. With a teacher, two tensors: log probabilities
-                [N, k + 1] and token ids [N, k]. The first k log probabilities belong to the k most probable tokens of
-                the teacher. The last log probability belongs to all other tokens together.
+            reference: hidden states [N, hidden] of the reference model. If there is a teacher, pass two tensors
+                instead: log probabilities [N, k + 1] and token ids [N, k]. The first k log probabilities belong to the
+                k most probable tokens of the teacher. The last log probability belongs to all other tokens together.
         """
         logits = self._head.project(hidden)
         if self.teacher is not None:
@@ -271,8 +272,8 @@ class KLLocality(EditCallback):
     def _texts_of(self, run: EditRun, *, first: bool) -> Texts:
         """Return the texts of a run.
 
-        With ``sequential=True`` and the bundled texts, each run leaves out the texts about facts that its edits affect.
-        Later runs also leave out these texts.
+        With ``sequential=True`` and the bundled texts, a text is left out if an edit of this run or of an earlier run
+        affects its fact.
         """
         if not (self.texts.of_world and self.sequential):
             return self.texts

@@ -39,13 +39,14 @@ class LowCurvature(EditCallback):
     add up to at least ``energy`` times the trace of G. Eigenvectors with the same eigenvalue as the last selected one
     are selected, too.
 
-    ``NullSpace`` removes whole input directions. ``LowCurvature`` removes only pairs of an input direction and an
-    output direction, so it leaves more freedom for the edit.
+    ``LowCurvature`` leaves more freedom for the edit than ``NullSpace``. It removes pairs of one input direction and
+    one output direction. ``NullSpace`` removes an input direction for all outputs.
 
-    The published code differs in two details. First, it projects only the gradient before the step. ``LowCurvature``
-    also projects D after the step, because an Adam step with a projected gradient can leave the allowed subspace.
-    Second, the published code uses the empirical Fisher matrix. ``LowCurvature`` samples the labels from the model, so
-    G is the true Gauss-Newton matrix. The projection is computed in fp32.
+    ``LowCurvature`` differs from the published code of CrispEdit in two details. First, the published code projects
+    only the gradient before the step. ``LowCurvature`` also projects D after the step, because an Adam step with a
+    projected gradient can leave the allowed subspace. Second, the published code uses the empirical Fisher matrix.
+    ``LowCurvature`` samples the labels from the model, so G is the true Gauss-Newton matrix. The projection is computed
+    in fp32.
 
     The constraint is exact up to the rounding of the stored weights. ``edit/drift/low_curvature_leak`` is the fraction
     of the change that still lies in removed directions. In fp32, this fraction is below 1e-5 for edits of ordinary

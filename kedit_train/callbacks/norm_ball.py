@@ -44,7 +44,8 @@ class NormBall(EditCallback):
             changes of several runs then add up.
         fraction: sets the radius if ``radius`` is None. For "linf", the radius of a tensor is ``fraction`` times the
             root mean square of the tensor before the edit. For "l2", the radius is ``fraction`` times the norm of the
-            tensor, or of the whole scope. Default 0.6.
+            tensor before the edit. With ``per="scope"``, it is ``fraction`` times the norm of all tensors together.
+            Default 0.6.
 
     Logs ``edit/drift/ball``: the distance of a tensor from the center, divided by the radius. The logged value is the
     maximum over all tensors. For "linf", also logs ``edit/drift/at_bound``: the fraction of entries at their bound.
@@ -200,7 +201,7 @@ class NormBall(EditCallback):
         return map_local(lambda local: shrink(local, local_part(self._anchors[name]).to(local.dtype), factor), weight)
 
     def _squared_distances(self, weights: Mapping[str, Tensor]) -> dict[str, float]:
-        """Return each tensor's squared L2 distance from the center, or the sum of all if ``per`` is "scope"."""
+        """Return each tensor's squared L2 distance from the center. With ``per="scope"``, each value is the total."""
         squares = {}
         for name, weight in weights.items():
             square = distance_squared(local_part(weight), local_part(self._anchors[name]).to(weight.dtype))
@@ -208,7 +209,7 @@ class NormBall(EditCallback):
         return dict.fromkeys(squares, sum(squares.values())) if self.per == "scope" else squares
 
     def _check_start(self, run: EditRun, stored: list[str]) -> None:
-        """Raise an error if a run starts outside the ball, because its first step would undo earlier changes."""
+        """Raise an error if a run starts outside the ball. The first step would undo earlier changes."""
         distances, tolerances = {}, {}
         for name in stored:
             center, start = local_part(self._anchors[name]).double(), local_part(run.reference[name]).double()

@@ -43,10 +43,10 @@ class NullSpace(EditCallback):
     """Project the change of each weight so that the outputs of its layer on given texts stay the same.
 
     This is the null-space constraint of AlphaEdit, applied to fine-tuning. Before training, the model reads the texts
-    once. For each weight in the scope, this gives a matrix U. Its orthonormal columns, the preserved directions,
-    contain most of the inputs of the layer on the texts (see ``energy``). After each optimizer step, the weight is set
-    to ``W = W0 + (W - W0)(I - U Uᵀ)``, where W0 is the weight before the edit. For inputs in the span of U, the output
-    of the layer then does not change.
+    once. For each weight in the scope, this gives a matrix U with orthonormal columns, the preserved directions. On the
+    texts, the inputs of the layer lie mostly in the span of U (see ``energy``). After each optimizer step, the weight
+    is set to ``W = W0 + (W - W0)(I - U Uᵀ)``, where W0 is the weight before the edit. For inputs in the span of U, the
+    output of the layer then does not change.
 
     The whole change is projected, because under Adam a projected gradient alone does not keep the change orthogonal to
     U. Gradients are projected as well, so that Adam's statistics contain only directions in which the weight may move.
@@ -68,10 +68,10 @@ class NullSpace(EditCallback):
         texts: a source of texts to preserve, or a :class:`Texts`. For a model that does not read text, pass a list with
             one item per forward pass. An item is a tensor, a tuple of positional arguments or a dict of keyword
             arguments.
-        neighbors: number of additional prompts per edit for which the layer outputs are preserved. Such a prompt is the
-            prompt of the edit with a name from the texts in place of the edit's subject
+        neighbors: number of additional prompts per edit for which the layer outputs are preserved. Each of them is a
+            copy of the edited prompt in which a name from the texts replaces the subject
             (:func:`~kedit_train.data.neighbor_prompts.neighbor_prompts`). The edit then affects other subjects less.
-            Edits without a subject have no such prompts. Default 0.
+            Edits without a subject get no such prompts. Default 0.
         energy: fraction of the energy of the layer inputs that the preserved directions contain, in (0, 1]. Default
             0.9. The energy is the mean squared norm of the inputs. A higher value preserves more behavior and leaves
             less freedom for the edit.
@@ -79,10 +79,10 @@ class NullSpace(EditCallback):
             addition to ``texts``. ``energy`` applies separately to each of these groups: ``texts``, the prompts of
             ``neighbors``, the texts in ``preserve``, and all earlier edits (those in ``preserve`` and those of earlier
             runs).
-        sequential: whether consecutive runs of this callback object on one model preserve the edits of earlier runs. A
-            later edit with the same prompt replaces the earlier edit. The texts are read only before the first run.
-            Before each later run, the model reads only the edits of the run before it. If a run edits a prompt again,
-            the model reads all earlier edits again. A LoRA adapter cannot be trained in several runs.
+        sequential: whether consecutive runs of this callback object on one model preserve the edits of earlier runs. If
+            a later run edits a prompt again, the earlier edit of this prompt is no longer preserved. Only the first run
+            reads the texts. Every later run reads the edits of the previous run, or of all earlier runs if it edits a
+            prompt again. A LoRA adapter cannot be trained in several runs.
         factors_path: a ``.safetensors`` file for the statistics of ``texts``. If the file exists, the statistics are
             read from it. If it does not exist, the statistics are computed and written to it. A file of
             ``LowCurvature`` can also be used. A file is valid only for the weights, texts and ``limit`` with which it
@@ -247,7 +247,7 @@ class NullSpace(EditCallback):
             self._previous, self._preserved = PreviousInputs(), {}
 
     def _directions_of_texts(self, run: EditRun, layers: Mapping[str, LinearLayer]) -> dict[str, Tensor]:
-        """Return the directions to preserve for ``texts``. In a sequence of runs, the first run reads the texts."""
+        """Return the directions to preserve for ``texts``. With ``sequential``, only the first run reads the texts."""
         if not self.sequential:
             return self._directions(self._moments(run, layers, self.texts, limit=self.limit, path=self.factors_path))
         if not self._of_texts:
@@ -293,7 +293,7 @@ class NullSpace(EditCallback):
         ).inputs
 
     def _read_preserve(self) -> tuple[list[Edit], Any]:
-        """Return (edits, None) if ``preserve`` contains edits, otherwise ([], its texts or model inputs)."""
+        """Return the edits in ``preserve``, and the texts or model inputs in ``preserve``."""
         preserve = self.preserve
         if isinstance(preserve, str | Path):
             preserve = EditDataset.load(preserve)
@@ -306,7 +306,7 @@ class NullSpace(EditCallback):
         return [], replace(self._settings(), source=preserve, nearest=None)
 
     def _settings(self) -> Texts:
-        """Return how edits and ``preserve`` are tokenized: with the settings of ``texts``, or with the defaults."""
+        """Return the ``Texts`` whose settings are used to tokenize edits and ``preserve``."""
         return self.texts if isinstance(self.texts, Texts) else Texts([])
 
     def _directions(
@@ -314,8 +314,8 @@ class NullSpace(EditCallback):
     ) -> dict[str, Tensor]:
         """Return the directions to preserve for each weight, [d_in, rank] in fp64.
 
-        The optional ``start`` contains the directions from an earlier run. If the moments have changed little since
-        then, the computation is faster with ``start``.
+        ``start`` may contain the directions of an earlier run. If the moments have changed little since then, the
+        computation is faster.
         """
         start = start or {}
         return {
@@ -341,7 +341,7 @@ class NullSpace(EditCallback):
 
 
 def _project_reference(run: EditRun, name: str, space: FreeSpace) -> None:
-    """Project the reference value of a LoRA A factor, so that changes are measured from the projected value."""
+    """Replace the reference value of a LoRA A factor by its projection."""
     start = wide(run.reference[name])
     projected = remove_preserved(start, space)
     # A resumed run has a projected reference already. A second projection would change its last bits.

@@ -39,9 +39,9 @@ class OutputAnchor(EditCallback):
             absolute difference, in the unit of the outputs. If the outputs are evenly spaced quantiles, this difference
             approximates the 1-Wasserstein distance of two forecasts. "kl" is KL(before || now) in nats. It requires
             that the outputs are logits, with the classes or tokens in the last dimension.
-        weight: factor of the mean distance in the training loss. With 1.0, the inputs count as much as the training
-            batch, if the training loss and the distance are of the same kind (for example, both are mean squared
-            errors).
+        weight: factor of the mean distance in the training loss. If the training loss and the distance are of the same
+            kind (for example, both are mean squared errors), 1.0 gives the inputs the same weight as the training
+            batch.
         output: which tensor of the model's output to compare: a name, an index, or a function of the output. None
             requires that the output is a tensor.
         batch_size: number of items per optimizer step.

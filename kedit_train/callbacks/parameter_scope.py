@@ -32,8 +32,8 @@ class ParameterScope(EditCallback):
             (``[2, "4-6"]``, ``"2,4-6"``). None selects the matching modules of the whole model, including modules
             outside the layers, such as the embeddings.
         modules: the modules to train: one pattern or several, for example ``"mlp.down_proj"``, ``"self_attn.*_proj"``
-            or ``"mlp"``. Dots separate the parts of patterns and parameter names. A pattern matches a parameter if its
-            parts are consecutive parts of the parameter's name. For example, ``"mlp.down_proj"`` matches
+            or ``"mlp"``. Dots separate the parts of patterns and parameter names. A parameter matches if its name
+            contains the parts of the pattern, one directly after the other. For example, ``"mlp.down_proj"`` matches
             ``model.layers.4.mlp.down_proj.weight`` and the bias of the same module. ``"mlp.down_proj.weight"`` does not
             match the bias. ``"*"`` matches every parameter, so ``ParameterScope(modules="*")`` is full fine-tuning.
             None selects all modules of the layers. In a mixture-of-experts model, ``"mlp.down_proj"`` matches the
@@ -71,9 +71,8 @@ class ParameterScope(EditCallback):
     ) -> None:
         if layers is None and modules is None:
             raise EditError(
-                "layers or modules must be set, got neither, so every parameter would be trained; choose a scope, such "
-                'as ParameterScope(0.7, modules="mlp.down_proj"), ParameterScope("0.3-1.0", modules="mlp") or '
-                'ParameterScope(-1), or write modules="*" for full fine-tuning.',
+                "layers or modules must be set, got neither, so every parameter would be trained; choose a scope, for "
+                'example ParameterScope(0.7, modules="mlp.down_proj"). For full fine-tuning, use modules="*".',
                 component="ParameterScope",
             )
         with reported_by("ParameterScope"):

@@ -36,16 +36,17 @@ class PolyakStep(EditCallback):
     optimizer, its learning rate and a learning rate schedule have no effect on the weights in scope.
 
     Other callbacks act as usual: a penalty (``KLLocality``) is part of the gradient, and constraints (``NullSpace``,
-    ``LowCurvature``, ``GradientMask``, ``NormBall``) are applied after the step. ``NormBall`` changes only the step. If
-    it removes a part of the step, the loss falls by less than predicted. The other three constraints also project the
-    gradient, so the prediction is made for the projected step.
+    ``LowCurvature``, ``GradientMask``, ``NormBall``) are applied after the step. ``NullSpace``, ``LowCurvature`` and
+    ``GradientMask`` also project the gradient before the step, so the predicted reduction takes them into account.
+    ``NormBall`` does not change the gradient. If it shortens a step, the loss falls by less than predicted.
 
     If an edit cannot be learned, the loss stops falling, but every step still moves the weights and changes other
     answers. A warning is issued if the average loss has not fallen by one percent in 20 steps.
 
     Args:
-        step_size: the reduction of the training loss that the gradient predicts for a step, as a fraction of the loss.
-            A smaller value needs more steps and preserves more behavior. Default 0.1.
+        step_size: how much each step should reduce the training loss, as a fraction of the loss, in (0, 1]. The
+            reduction is predicted from the gradient. A smaller value needs more steps and preserves more behavior.
+            Default 0.1.
 
     Raises:
         EditError: ``step_size`` is not above 0 and at most 1; no callback computes the loss; or another callback also
@@ -123,14 +124,11 @@ class PolyakStep(EditCallback):
             )
 
     def coordinates(self, name: str, gradient: Tensor) -> Tensor:
-        """Convert the gradient of a parameter to the coordinates in which Adam runs.
-
-        In this class, these are the parameter's own coordinates, so the gradient stays the same.
-        """
+        """Return the gradient from which Adam computes its direction. A subclass may transform the gradient."""
         return gradient
 
     def change(self, name: str, direction: Tensor) -> Tensor:
-        """Convert a direction from the coordinates in which Adam runs to a change of the parameter."""
+        """Return the direction along which the parameter moves. A subclass may transform Adam's direction."""
         return direction
 
     @torch.no_grad()
@@ -150,7 +148,7 @@ class PolyakStep(EditCallback):
             raise EditError(self.describe_overflow(unscaled, run.step + 1))
 
     def describe_overflow(self, gradients: Mapping[str, Tensor], step: int) -> str:
-        """Return the error message for gradients that are not finite, or not finite after Adam squares them."""
+        """Return the error message for gradients whose squares are not all finite."""
         return (
             f"the gradients of step {step} contain NaN or infinite values, or values whose squares are infinite; check "
             "the loss of this batch, or use a lower step_size."

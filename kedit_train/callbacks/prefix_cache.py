@@ -35,11 +35,13 @@ class PrefixCache(EditCallback):
     To find the frozen layers, ``PrefixCache`` observes one forward pass of the model. Before training, ``PrefixCache``
     checks that the logits with the cache and the logits without the cache are equal bit for bit.
 
-    If all sequences of a batch are stored, the batch skips the frozen layers. The model output then contains no
-    attention keys and values (``past_key_values``). Otherwise, all layers run for this batch. If a batch can never use
-    the cache, a warning names the reason: packed sequences, masks that are not [B, S], ``inputs_embeds``, requests for
-    the hidden states of every layer, padding without ``labels``, or modules and hooks that are added or removed below
-    the scope.
+    If all sequences of a batch are stored, the batch skips the frozen layers, and the model output contains no
+    attention keys and values (``past_key_values``). If a sequence is not stored, all layers run for the whole batch.
+
+    Some batches are always computed in full, and a warning names the reason. Possible reasons are packed sequences,
+    attention masks that are not [B, S], ``inputs_embeds``, padding without ``labels``, and requests for the hidden
+    states of every layer. The cache is also not used after a module or hook below the scope was added, removed or
+    replaced.
 
     If a frozen weight or buffer is modified or replaced, ``PrefixCache`` detects the change before the next batch and
     empties the cache. In addition, after every ``recheck`` batches from the cache, one batch is computed in full and
@@ -125,7 +127,7 @@ class PrefixCache(EditCallback):
                 raise EditError(
                     f"the gate of the adapter reads the input of block {gate.layer}, but PrefixCache skips all blocks "
                     f"below block {prefix.cut}, the first trained block; remove PrefixCache, or set "
-                    f"layer={prefix.cut} in GatedAdapter and adapt no lower block."
+                    f"layer={prefix.cut} in GatedAdapter and put adapters only on block {prefix.cut} and higher blocks."
                 )
             store = HiddenStateStore(self._bytes, None if self.cache_dir is None else Path(self.cache_dir))
             self._prefix = FrozenPrefix(model, prefix, store, self.recheck, lambda: run.reads_hidden_states)

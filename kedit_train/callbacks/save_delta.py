@@ -44,12 +44,13 @@ class SaveDelta(EditCallback):
     If the run trains adapters (PEFT), the file contains the merged weights of the base model, as ``merge_and_unload()``
     computes them. In this case, only weights are compared, not logits. To save the adapter itself, use PEFT. With
     several processes, one process writes the file. If FSDP2 shards the model, each process gathers one tensor at a
-    time, and keeps only the tensors that have changed. Without ``ParameterScope``, a copy of every trainable parameter
-    is kept for the comparison.
+    time, and keeps only the tensors that have changed. Without ``ParameterScope``, ``SaveDelta`` also keeps a copy of
+    the original value of every trainable parameter in memory.
 
     If the run trains a quantized weight (8 bit or less), an error is raised before training, because the delta could
     not be applied to the checkpoint of the base model. If a persistent buffer, such as the running mean of
-    ``BatchNorm``, changes during the run, a warning is issued, because a delta contains only weights.
+    ``BatchNorm``, changes during the run, a warning is issued. The file does not contain the buffer, so the base model
+    with the delta differs from the trained model.
 
     The file also contains the scores that ``EditMetrics`` measured on the saved weights. With ``at="end"``, these are
     the scores after training. With ``at="best"``, these are the scores of the best step, measured on the sample of
@@ -244,8 +245,8 @@ class SaveDelta(EditCallback):
             more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
             warn(
                 f"the run has changed the buffer {changed[0]}{more}, which the delta does not "
-                "contain, so the base model with the delta is not the trained model; keep modules that update their "
-                "buffers (such as BatchNorm) in evaluation mode, or save the whole model."
+                "contain, so the base model with the delta differs from the trained model; keep modules that update "
+                "their buffers (such as BatchNorm) in evaluation mode, or save the whole model."
             )
             checked += f"; {len(changed)} changed buffers are not in the file"
         if run.host.is_main:

@@ -28,12 +28,14 @@ from kedit_train.paths import SAFETENSORS_PATH
 class SecondOrderLocality(PolyakStep):
     """Replace each optimizer step by a step that changes predictions on given texts as little as possible.
 
-    Before training, the callback computes two K-FAC factors of each weight on the texts. A is the second moment of the
-    layer's inputs, and S is the second moment of the gradients at the layer's outputs. These factors estimate the KL
-    divergence per token that a change D of the weight causes on the texts: ``1/2 tr(S D A Dᵀ)``. During
-    training, no text is read. After each optimizer step, the change that the optimizer made is discarded. Instead, the
-    callback takes a step of Adam in transformed coordinates, in which all changes of the same norm have the same
-    estimated divergence. A change U in these coordinates changes the weight by ``S^-1/2 U A^-1/2``.
+    Before training, the callback reads the texts and computes two K-FAC factors for each weight matrix. A is the second
+    moment of the layer's inputs, and S is the second moment of the gradients at the layer's outputs. If the weight
+    changes by D, the predictions on the texts change by an estimated KL divergence of ``1/2 tr(S D A Dᵀ)`` per token.
+    During training, no text is read.
+
+    After each optimizer step, the change that the optimizer made is discarded. Instead, the callback takes a step of
+    Adam in transformed coordinates. A step U in these coordinates changes the weight by ``S^-1/2 U A^-1/2``. The
+    estimated divergence of such a change depends only on the norm of U.
 
     The length of a step does not depend on the optimizer or on its learning rate. The gradient predicts how much a step
     of a given length reduces the loss. The callback chooses the length for which the predicted reduction is
@@ -44,12 +46,13 @@ class SecondOrderLocality(PolyakStep):
     ``NullSpace``, ``GradientMask``) are applied after the step.
 
     Args:
-        texts: a source of texts on which predictions should stay the same, or a :class:`Texts`. The ``seed`` of
-            ``Texts`` also seeds the sampled labels. The first token of every text is left out of the factors, because
-            it is an attention sink in many models.
-        step_size: the reduction of the training loss that the gradient predicts for a step, as a fraction of the loss.
-            A smaller value preserves more behavior and needs more steps, but the model then gives the new answer to
-            fewer rephrased prompts. Default 0.03.
+        texts: a source of texts on which predictions should stay the same, or a :class:`Texts`. The gradients for S are
+            computed with labels that are sampled from the model's predictions. The ``seed`` of ``Texts`` is also the
+            seed of this sampling. The first token of every text is left out of the factors, because it is an attention
+            sink in many models.
+        step_size: how much each step should reduce the training loss, as a fraction of the loss, in (0, 1]. The
+            reduction is predicted from the gradient. A smaller value preserves more behavior. However, training needs
+            more steps, and the model gives the new answer to fewer rephrased prompts. Default 0.03.
         damping: added to the diagonal of each factor, after the factor was divided by the mean of its diagonal. With a
             high damping (10), the steps are close to those of plain Adam with a Polyak step size. Default 1e-2.
         factors: "kfac" (default) or "inputs". "inputs" uses the identity matrix for S, so the texts need no backward

@@ -20,10 +20,10 @@ _STEPS = Rule('an integer >= 1 or "epoch"', lambda value: value == "epoch" or in
 class StopWhenEdited(EditCallback):
     """End training when the edits are learned, or when they have changed the model too much.
 
-    Every argument except ``loss_steps`` is a rule. An argument that is None turns its rule off. Training ends when one
-    of the rules is met. A printed line and the attribute ``reason`` name this rule. By default, training ends when the
-    mean training loss over an epoch is below 0.01, as in FT-M and LocFT-BF. The default rule needs a callback that
-    computes the loss, such as ``TokenLoss("cross_entropy")``.
+    Every argument except ``loss_steps`` sets one rule. The value None turns the rule off. Training ends as soon as one
+    rule is met. A printed line and the attribute ``reason`` name this rule. By default, training ends when the mean
+    training loss over an epoch is below 0.01, as in FT-M and LocFT-BF. The default rule needs a callback that computes
+    the loss, such as ``TokenLoss("cross_entropy")``.
 
     Args:
         loss: stop when the mean training loss per token over the last ``loss_steps`` optimizer steps is below this
@@ -35,8 +35,8 @@ class StopWhenEdited(EditCallback):
             token is learned if its loss is at most the ``epsilon`` of ``TokenLoss``. "epoch" stands for the number of
             steps in one epoch.
         smallest_probability: stop when every target token has at least this probability, in (0, 1), under teacher
-            forcing. ``EditMetrics(every_n_steps=...)`` measures the probabilities. Unlike a mean over the tokens, this
-            rule is not met while a single token is not learned.
+            forcing. ``EditMetrics(every_n_steps=...)`` measures the probabilities. As long as a single target token has
+            a smaller probability, this rule does not end training.
         kl_budget: stop when the KL divergence from the reference model, in nats per token, is above this value.
             ``KLLocality`` measures the divergence on texts and averages it since the last log event. ``EditMetrics``
             with the metric "kl" measures the divergence on the locality prompts. If both callbacks are used, the rule

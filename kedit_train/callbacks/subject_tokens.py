@@ -39,19 +39,20 @@ class SubjectTokens(EditCallback):
     prompts about other subjects. ROME edits a model at the last token of the subject for the same reason.
 
     Only the gradients are restricted. The changed weights act at all tokens, so answers to other prompts can change,
-    too. Add :class:`NullSpace` to keep more of these answers. The callback does not change the forward pass: for the
-    same weights, the outputs and the loss are the same. The gradients of hidden states still flow through all tokens.
+    too. Add :class:`NullSpace` to keep more of these answers. The callback does not change the forward pass, so outputs
+    and losses are computed as usual. The gradients of hidden states still flow through all tokens.
 
     Use this callback only with a pretrained language model. Such a model retrieves facts about a subject at the tokens
-    of the subject. On the small bundled model, many edits with this callback do not succeed. The example below only
-    shows the calls.
+    of the subject. On the small bundled model, many edits with this callback fail. The example below only shows the
+    calls.
 
-    A training example belongs to an edit if its text contains the prompt of the edit. If the subject is a single token
-    at the start of the text, the example is trained at all tokens of the prompt. The reason is that most models store
-    nothing about a subject at the first position (an attention sink). Examples without the prompt of an edit and edits
-    without a subject are trained at all tokens. Losses on the training examples, such as ``TokenLoss`` and
-    ``BatchAnchor``, act only at the tokens of the subject. Penalties on other texts, such as ``KLLocality``, act at all
-    tokens.
+    A training example belongs to an edit if its text contains the prompt of the edit. If the example belongs to no
+    edit, or if the edit has no subject, the gradients come from all tokens. Most models store nothing about a subject
+    at the first position (an attention sink). If the subject is a single token at the start of the text, the gradients
+    therefore come from all tokens of the prompt.
+
+    The callback restricts the gradients of all losses on the training examples, such as ``TokenLoss`` and
+    ``BatchAnchor``. It does not restrict the gradients of penalties on other texts, such as ``KLLocality``.
 
     Args:
         edits: the edits that are trained (a path, a list of ``Edit`` or an ``EditDataset``). None uses the edits of

@@ -1,4 +1,4 @@
-"""TokenLoss: choose what each token of the new answers is trained towards."""
+"""TokenLoss: choose the training loss of each token of the new answers."""
 
 from __future__ import annotations
 
@@ -47,16 +47,18 @@ class TokenLoss(EditCallback):
     state do not change. If the run has a penalty such as ``KLLocality``, no step is skipped.
 
     Args:
-        objective: what a token is trained towards.
+        objective: how the loss of a token is computed.
 
-            - ``"cross_entropy"``: the label.
-            - ``"overtone"``: a mixture of the label and the model's own distribution without unlikely tokens. The
-              mixture is recomputed at every step. If the label is not the most probable token of the mixture, only the
-              label is used.
-            - ``"uniform"``: label smoothing, a mixture of the label and the uniform distribution.
-            - ``"dft"``: the label. The cross-entropy of a token is multiplied by the model's probability of the label.
-            - ``"prompt_last"``: the label. All tokens of the answer are predicted from the last position of the prompt,
-              as in FT-L of EasyEdit. This teaches which tokens an answer contains, but not their order.
+            - ``"cross_entropy"``: The target is the label.
+            - ``"overtone"``: The target is a mixture of the label and the model's own distribution without unlikely
+              tokens. The mixture is recomputed at every step. If the label is not the most probable token of the
+              mixture, the target is the label alone.
+            - ``"uniform"``: The target is a mixture of the label and the uniform distribution (label smoothing).
+            - ``"dft"``: The target is the label. The cross-entropy of a token is multiplied by the model's probability
+              of the label.
+            - ``"prompt_last"``: The target is the label. The model predicts all tokens of the answer from the last
+              position of the prompt, as in FT-L of EasyEdit. It learns which tokens an answer contains, but not their
+              order.
         label_weight: weight of the one-hot label in the target mixture, in [0, 1]. Only for ``"overtone"`` (default
             0.1) and ``"uniform"`` (default 0.9).
         epsilon: threshold (clip) in nats. A token with a loss of at most ``epsilon`` has no gradient. Default 0.05 for

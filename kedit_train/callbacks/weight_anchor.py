@@ -32,18 +32,20 @@ _BATCH_SIZE = 16
 class WeightAnchor(EditCallback):
     """Pull the weights w in the scope towards their values w0 before the edit.
 
-    "l2sp" is the penalty ``strength / 2 * sum (w - w0)^2``. By default, this penalty is not part of the loss, because
-    Adam would rescale the gradient of the penalty for each weight. Instead, a decoupled update follows each optimizer
-    step, like the weight decay of AdamW: ``w`` becomes ``w - learning_rate * strength * (w - w0)``.
+    The argument ``kind`` selects one of three penalties: "l2sp", "ewc" or "kfac".
+
+    "l2sp" is the penalty ``strength / 2 * sum (w - w0)^2``. If a penalty is part of the loss, Adam rescales its
+    gradient for each weight. By default, "l2sp" is therefore not part of the loss. Instead, a decoupled update follows
+    each optimizer step, like the weight decay of AdamW: ``w`` becomes ``w - learning_rate * strength * (w - w0)``.
 
     "ewc" is the penalty ``strength / 2 * sum F (w - w0)^2``. F is the Fisher information per token on general texts,
     with labels sampled from the model. "kfac" is the penalty ``strength / 2 * tr(S D A Dᵀ)`` for the change D of each
     weight matrix. A is the second moment of the layer's inputs on the texts, and S is the second moment of the
     gradients at the layer's outputs. The penalties "ewc" and "kfac" are always part of the loss, and no text is read
     during training. They approximate ``strength`` times the KL divergence per token from the model before the edit, to
-    second order. Values of ``strength`` can therefore be compared with the ``weight`` of ``KLLocality``. "ewc" ignores
-    all correlations between weights. "kfac" ignores correlations between different matrices, and assumes that the
-    inputs and the output gradients of a layer are independent.
+    second order. ``strength`` is therefore comparable to the ``weight`` of ``KLLocality``. "ewc" ignores all
+    correlations between weights. "kfac" ignores correlations between different matrices, and assumes that the inputs
+    and the output gradients of a layer are independent.
 
     The decoupled update is applied before ``LowCurvature``, ``NullSpace``, ``NormBall`` and ``GradientMask``. For
     adapters, w0 is the initial value of the adapter's own weights. ``ParameterScope`` trains half-precision weights in
@@ -58,12 +60,12 @@ class WeightAnchor(EditCallback):
             "ewc", plain SGD diverges if learning rate * strength * F exceeds 2.
         texts: a source of general texts, or a :class:`Texts`. Only for "ewc" and "kfac". The ``seed`` of ``Texts``
             seeds the choice of sequences and the sampled labels.
-        decoupled: for "l2sp": whether to update the weights after the optimizer step (default) or to add the penalty to
-            the loss (False).
-        anchor: which weights are w0 if this instance is used in several runs on one model. "base" (default): the
-            weights before the first run. The penalty then also undoes edits of previous runs. To preserve these edits,
-            add ``KLLocality(sequential=True)``. "previous": the weights before the current run. In both cases, F, S
-            and A are computed with the weights w0.
+        decoupled: only for "l2sp". True (default): a decoupled update follows each optimizer step. False: the penalty
+            is added to the loss.
+        anchor: the choice of w0 if you use this instance in several runs on one model. "base" (default): w0 are the
+            weights before the first run. The penalty then also undoes the edits of the earlier runs. To preserve these
+            edits, add ``KLLocality(sequential=True)``. "previous": w0 are the weights before the current run. In both
+            cases, F, S and A are computed with the weights w0.
         limit: for "ewc" and "kfac": number of token sequences that are read. With "ewc", each sequence needs one
             backward pass. With "kfac", 16 sequences share one backward pass. None uses all sequences. Default 256.
 
@@ -181,7 +183,7 @@ class WeightAnchor(EditCallback):
         )
 
     def _sampled(self, sequences: Sequence[Any]) -> list[Any]:
-        """Return ``limit`` sequences, chosen at random."""
+        """Return ``limit`` random sequences, or all sequences if ``limit`` is None."""
         if self.limit is None or self.limit >= len(sequences):
             return list(sequences)
         assert self.texts is not None

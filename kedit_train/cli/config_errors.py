@@ -106,7 +106,7 @@ def wrong_callback(content: Any) -> str | None:
 
 
 def _without_base(lines: list[str]) -> list[str]:
-    """Remove the error lines about the base class ``Callback`` if other lines are about another class."""
+    """Remove the lines about Lightning's base class if jsonargparse also reports the user's class."""
     if not any(line.startswith("Problem with given class_path") and line != BASE for line in lines):
         return lines
     return [line for i, line in enumerate(lines) if line != BASE and (i == 0 or lines[i - 1] != BASE)]

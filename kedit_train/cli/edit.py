@@ -42,8 +42,8 @@ class EditParser(LightningArgumentParser):
 
     Args:
         arguments: arguments of ``LightningArgumentParser``.
-        parser_mode: how the parser reads files and texts. The default rejects YAML that would take unbounded time to
-            read.
+        parser_mode: name of the jsonargparse mode that reads YAML. The default mode rejects YAML that would take
+            unbounded time to read.
     """
 
     def __init__(self, *arguments: Any, parser_mode: str = yaml_text.MODE, **kwargs: Any) -> None:
@@ -80,9 +80,9 @@ class EditParser(LightningArgumentParser):
         super().validate(namespace, *arguments, **kwargs)
 
     def _has_keys_only(self, group: str) -> bool:
-        """Return True for a group of keys that has no value of its own, such as ``trainer``.
+        """Return whether ``group`` must be a mapping, such as ``trainer``.
 
-        jsonargparse itself does not reject a value in the place of such a group, for example ``trainer: 5``.
+        jsonargparse itself also accepts another value, for example ``trainer: 5``.
         """
         try:
             self.get_default(group)
@@ -109,8 +109,8 @@ class EditCLI(LightningCLI):
 
     Args:
         parser_kwargs: arguments of the parsers.
-        named_arguments: arguments of callbacks that the command line names by class, such as
-            ``--trainer.callbacks.KLLocality.texts``. ``split_by_name`` returns them.
+        named_arguments: the command-line options that name a callback by its class, such as
+            ``--trainer.callbacks.KLLocality.texts FILE``. ``split_by_name`` returns these options.
         kwargs: arguments of ``LightningCLI``.
     """
 
@@ -173,11 +173,12 @@ def _wrong_callback_in(path: str) -> str | None:
 
 
 def share_texts(config: Any) -> None:
-    """Replace ``texts: world`` in the callbacks by the value of ``data.texts``, if it is set.
+    """Replace ``texts: world`` in the callbacks by the value of ``data.texts``. Without ``data.texts``, change nothing.
 
     Raises:
-        EditError: the run uses the bundled texts or the bundled replay prompts, but its model or its edits are not the
-            bundled ones. The error is also raised if ``data.texts`` is set, but no callback has ``texts: world``.
+        EditError: ``data.texts`` is set, but no callback has ``texts: world``. The error is also raised if the run
+            needs the bundled texts (``texts: world``) or prompts (``data.augmentation.replay: world``), but does not
+            use both the bundled model and the bundled edits.
     """
     callbacks = config.trainer.callbacks or []
     callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
@@ -235,10 +236,7 @@ def _path_of(cls: type) -> str:
 
 
 def _source(texts: Any) -> Any:
-    """Return the source of the texts that a callback's setting ``texts`` selects.
-
-    The setting is either the source itself or the configuration of a ``Texts`` object, which has the key ``source``.
-    """
+    """Return ``texts.source`` if ``texts`` configures a ``Texts`` object, and ``texts`` itself otherwise."""
     return texts.get("source") if isinstance(texts, Namespace) else texts
 
 

@@ -95,11 +95,11 @@ def usage() -> str:
 
 
 def split(arguments: Sequence[str]) -> tuple[list[str], str | None, list[str]]:
-    """Split the words of a command into launcher options, the recipe or script, and the words after it.
+    """Split the words of a command into launcher options, the recipe or script, and the remaining words.
 
     Returns:
-        A tuple of the launcher options, the recipe or script (or None), and the words after it. If the user asks for
-        help and gives no recipe or script, these words are ``["--help"]`` or ``["-h"]``.
+        The launcher options, the recipe or script (None if it is missing), and the remaining words. If the user asks
+        for help and gives no recipe or script, the remaining words are ``["--help"]`` or ``["-h"]``.
 
     Raises:
         EditError: an option is unknown or has no value.

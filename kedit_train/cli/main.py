@@ -45,7 +45,7 @@ def main() -> None:
 
 
 def quiet() -> None:
-    """Hide messages of other libraries that require no action from the user of a recipe."""
+    """Hide messages that the user of a recipe can ignore, such as the tips of Lightning."""
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
         lambda record: "Tip:" not in record.getMessage()
     )

@@ -54,8 +54,8 @@ def set_by_name(callbacks: Any, overrides: Sequence[Override]) -> None:
     """Set arguments of the callbacks in a parsed configuration, in place.
 
     Raises:
-        EditError: the run does not list exactly one callback of the class, the class does not have the argument, or the
-            value has a wrong type.
+        EditError: a named callback is missing or is listed more than once, has no such argument, or gets a value of a
+            wrong type.
     """
     entries = _entries(callbacks)
     for name, argument, value in overrides:

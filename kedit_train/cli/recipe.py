@@ -30,8 +30,8 @@ def parse(arguments: Sequence[str]) -> Namespace:
     """Return the configuration that ``fit`` would run with these arguments. Nothing is built or loaded.
 
     Raises:
-        EditError: the run uses bundled texts, but its model or its edits are not the bundled ones, or ``data.texts`` is
-            set but not used; see :func:`~kedit_train.cli.edit.share_texts`.
+        EditError: an option for a named callback is not valid, or the texts of the run cannot be used (see
+            :func:`~kedit_train.cli.edit.share_texts`).
         SystemExit: a key is not valid. Before the exit, one line that names the key is printed.
     """
     words, named = split_by_name(with_catalog(arguments))
@@ -62,7 +62,7 @@ def callbacks(config: Namespace) -> list[EditCallback]:
 
 
 def built(entry: Namespace) -> Any:
-    """Build the object that a configuration entry describes, including the dataclasses among its arguments."""
+    """Build the object that a configuration entry describes. Its dataclass arguments are built too."""
     arguments = entry.init_args.as_dict() if entry.get("init_args") else {}
     parser = ArgumentParser(exit_on_error=False, parser_mode=yaml_text.MODE)
     parser.add_class_arguments(class_of(entry.class_path), "object")

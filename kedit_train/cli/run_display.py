@@ -1,6 +1,6 @@
-"""What a recipe shows while it runs: what the run is about to do, and one line of progress.
+"""The messages of a running recipe: a summary before the first step, and one line of progress.
 
-Both texts are written to standard error, because standard output is for results.
+They are written to standard error, because standard output is for results.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def summary(run: EditRun) -> list[str]:
 
 
 def print_summary(callbacks: Iterable[Any]) -> None:
-    """Print the :func:`summary` of the run to which the callbacks of a trainer belong."""
+    """Print the :func:`summary` of a run, given the callbacks of its trainer."""
     run = next((c.run for c in callbacks if isinstance(c, EditCallback) and c.run is not None), None)
     if run is not None and run.host.is_main:
         print("\n".join(summary(run)), file=sys.stderr, flush=True)
@@ -101,11 +101,13 @@ class RunProgress(ProgressBar):
 
 
 def display_callbacks(callbacks: Iterable[Any], *, progress: bool) -> list[Callback]:
-    """Return the callbacks that show a Lightning run. They come before the run's own callbacks.
+    """Return the callbacks that print the summary and the progress of a Lightning run.
+
+    Put them before all other callbacks of the run.
 
     Args:
-        callbacks: the callbacks of the run. If they contain a progress bar, no second progress bar is added.
-        progress: False shows no progress.
+        callbacks: the callbacks of the run. If they contain a progress bar, :class:`RunProgress` is not added.
+        progress: if False, the list is empty.
     """
     if not progress:
         return []

@@ -24,7 +24,7 @@ class _Mapping:
     """The keys that have been read so far in one mapping.
 
     Args:
-        top: whether this is the outermost mapping, where jsonargparse reads "model.name" as the key "name" of "model".
+        top: True for the outermost mapping. Only there, jsonargparse reads "model.name" as the key "name" of "model".
     """
 
     def __init__(self, top: bool) -> None:
@@ -52,7 +52,9 @@ class _Mapping:
 
 
 def check_keys(events: Iterable[Any]) -> None:
-    """Raise an error if a mapping sets a key twice, at any depth. Merge keys (``<<``) may be repeated and overridden.
+    """Raise an error if a mapping sets a key twice, at any depth.
+
+    A mapping may repeat the merge key (``<<``), and may override keys that it merges from another mapping.
 
     Args:
         events: the events of ``yaml.parse``.

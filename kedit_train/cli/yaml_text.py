@@ -39,9 +39,9 @@ def load_yaml(text: str) -> Any:
     """Return the value of a YAML text, as the command ``fit`` reads it.
 
     Raises:
-        InvalidYAML: the text is not YAML, is nested too deeply, or its aliases expand to too much text. The error is
-            also raised if the text contains a number with too many digits, a value that does not fit its tag, an alias
-            that contains itself, or a key twice in one mapping.
+        InvalidYAML: the text is not YAML, is nested too deeply, or sets a key twice in one mapping. The error is also
+            raised if an alias contains itself, if aliases expand to too much text, if a number has too many digits, or
+            if a value does not fit its tag.
 
     Example:
         >>> load_yaml("trainer: {max_epochs: 3}")
@@ -72,7 +72,7 @@ def load_yaml(text: str) -> Any:
 
 
 def _check(text: str) -> None:
-    """Check the limits before PyYAML builds the values, because PyYAML builds nested values recursively.
+    """Check the nesting, the aliases and the numbers of a text before PyYAML builds its values.
 
     Raises:
         InvalidYAML: see :func:`load_yaml`.

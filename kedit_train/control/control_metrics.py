@@ -111,8 +111,8 @@ class ControlMetrics(Callback):
 
     Raises:
         EditError: an argument is out of range. Before training starts, the error is also raised if a layer has no value
-            function, or if a prompt cannot be used: it is also a prompt of the :class:`ResponseDataModule`, it is too
-            long, or the reward cannot score it.
+            function, a prompt is too long, the reward cannot score a prompt, or a prompt is also a prompt of the
+            :class:`ResponseDataModule`.
 
     Example:
         >>> from kedit_train.control import ControlMetrics
@@ -161,15 +161,15 @@ class ControlMetrics(Callback):
             )
 
     def check_prompts(self, data: Any, module: Any) -> None:
-        """Check that the prompts can be measured. The data module calls this before it samples responses.
+        """Check the prompts and the layers. The data module calls this before it samples responses.
 
         Args:
             data: the :class:`ResponseDataModule`.
             module: the :class:`ValueModule`.
 
         Raises:
-            EditError: a layer has no value function, or a prompt cannot be used: it is also a prompt of ``data``, it is
-                too long, or the reward cannot score it.
+            EditError: a layer has no value function, a prompt is too long, the reward cannot score a prompt, or a
+                prompt is also a prompt of ``data``.
         """
         trained = {record["prompt"] for record in data.records}
         with reported_by("ControlMetrics"):
@@ -186,7 +186,8 @@ class ControlMetrics(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Generate the answers, log the metrics and print them.
 
-        ``ValueModule`` saves the value function earlier, in ``on_train_end``. An error here does not affect the file.
+        ``ValueModule`` has already saved the value function, in ``on_train_end``. An error here does not change the
+        saved file.
         """
         module: Any = pl_module
         data: Any = trainer.datamodule  # type: ignore[attr-defined]

@@ -25,8 +25,7 @@ class Control:
 
     Attributes:
         positions: number of changed hidden states. Each generated position has one hidden state per controlled layer.
-            Without a key-value cache, every forward pass changes the earlier generated positions again. They are then
-            counted again.
+            Without a key-value cache, every forward pass changes and counts the earlier generated positions again.
     """
 
     positions: int = 0
@@ -63,9 +62,9 @@ def controlled(
     """Context manager: during generation, move hidden states along the gradient of a value function.
 
     At each generated position, ``steps`` gradient steps are made: ``h <- h + step_size * gradient of value(h)``. The
-    change of a hidden state stays within a ball around the unchanged hidden state (trust region). The weights do not
-    change. The hidden states of the prompt do not change either, except at its last token if ``first_token`` is True.
-    With a key-value cache, later tokens read keys and values that the layers above computed from the changed state.
+    argument ``radius`` limits the size of the change (trust region). The weights do not change. The hidden states of
+    the prompt do not change either, except at its last token if ``first_token`` is True. The layers above a controlled
+    layer read the changed hidden state, so the change also affects their key-value cache, and thus later tokens.
 
     With ``step_size=0``, ``steps=0`` or ``radius=0``, the model computes exactly the same as without the block. When
     the block ends, also with an error, all hooks are removed.
@@ -73,14 +72,14 @@ def controlled(
     Args:
         model: a causal language model of transformers, or a PEFT model around one.
         value: the value function, trained by :class:`~kedit_train.control.ValueModule`.
-        step_size: factor by which the gradient is multiplied in each gradient step, 0 or more. A large ``step_size``
-            makes every change as long as ``radius`` allows.
+        step_size: factor by which the gradient is multiplied in each gradient step, 0 or more. With a large
+            ``step_size``, every change has the largest norm that ``radius`` allows.
         steps: number of gradient steps at each generated position and each layer, 0 or more.
         radius: the largest norm of a change, as a fraction of the norm of the hidden state, 0 or more.
         layers: the layers to control: indices, or "head" for the input of the output head. ``value`` must have been
             trained on these layers. None: all layers of ``value``.
-        first_token: True also controls the last token of the prompt, from which the first token is generated. With
-            False, control begins only after the first generated token.
+        first_token: if True, the last token of the prompt is also controlled, because the model generates the first
+            token from it. If False, control begins only after the first generated token.
 
     Yields:
         A :class:`Control` with the number of controlled positions and the mean change.

@@ -12,20 +12,20 @@ from kedit_train.core.cache.layer_stack import call_arguments
 
 
 class GeneratedPositions:
-    """Finds the generated positions of a forward pass from the arguments of the pass.
+    """Find the generated positions of a forward pass from the arguments of the pass.
 
-    - If a pass reads one token and the key-value cache is not empty, the pass continues a generation. The token is a
-      generated position.
-    - If a pass has no cache (``use_cache=False``) and each of its rows is a row of the previous pass plus one token,
-      the pass continues a generation. All positions after the prompt are generated positions.
+    - With a key-value cache: if the cache is not empty and the pass reads one token, this token is a generated
+      position.
+    - Without a cache (``use_cache=False``): each pass of a generation reads the rows of the previous pass again, with
+      one more token per row. All positions after the prompt are generated positions.
     - Every other pass reads a prompt.
 
     These rules hold for ``generate()`` with and without a cache, for beam search (rows may be repeated, reordered or
     removed), for prompts that are read in several parts, and for both padding sides.
 
     Args:
-        first_token: whether the last token of the prompt, from which the first token is generated, also counts as a
-            generated position.
+        first_token: if True, the last token of the prompt also counts as a generated position, because the model
+            generates the first token from it.
     """
 
     def __init__(self, first_token: bool) -> None:

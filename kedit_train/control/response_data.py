@@ -1,4 +1,4 @@
-"""``ResponseDataModule``: batches of hidden states of rewarded responses, for :class:`ValueModule`."""
+"""``ResponseDataModule``: the hidden states and the rewards of responses, to train a :class:`ValueModule`."""
 
 from __future__ import annotations
 
@@ -66,8 +66,8 @@ class ResponseDataModule(LightningDataModule):
 
     Raises:
         EditError: the file cannot be read, a record has no prompt, or only some of the records have a response. The
-            method ``setup`` also raises this error, before it samples responses, if a callback monitors
-            ``value/validation_error`` but no prompt is held out.
+            method ``setup`` also raises this error if a callback monitors ``value/validation_error`` but no prompt is
+            held out.
 
     Example:
         >>> from kedit_train.control import ResponseDataModule, ShortAnswer
@@ -114,8 +114,8 @@ class ResponseDataModule(LightningDataModule):
     def setup(self, stage: str) -> None:
         """Sample the responses if none are given, write the hidden states, and compute the rewards.
 
-        Every call does this again, because the model may have changed since the last call. If ``cache_dir`` already
-        contains files for the same model, prompts and options, the responses and hidden states are read from them.
+        If ``cache_dir`` contains files for the same model, prompts and options, the responses and hidden states are
+        read from these files. If not, every call computes them, because the model may have changed since the last call.
         """
         if stage not in ("fit", "validate"):
             return
@@ -185,18 +185,17 @@ class ResponseDataModule(LightningDataModule):
         )
 
     def _given(self, model: Any, tokenizer: Any) -> tuple[list[Any], Callable[[int, int], list[Response]]]:
-        """Return the given responses in two forms: as a list of JSON values, and as a function.
+        """Return the given responses as JSON values, and a function that returns :class:`Response` objects.
 
-        The function is called with (start, count), and returns ``count`` responses, beginning with index ``start``.
+        The function has the arguments (start, count). It returns ``count`` responses, beginning with index ``start``.
         """
         responses = encode_responses(model, tokenizer, self.records, self.prompt_format)
         return [asdict(response) for response in responses], lambda start, count: responses[start : start + count]
 
     def _sampled(self, model: Any, tokenizer: Any) -> tuple[list[Any], Callable[[int, int], list[Response]]]:
-        """Return a list with the prompt and the settings of each response, and a function that samples responses.
+        """Return the sampling settings of each response as JSON values, and a function that samples responses.
 
-        The function is called with (start, count), and samples the responses for ``count`` entries of the list,
-        beginning with index ``start``.
+        The function has the arguments (start, count). It samples ``count`` responses, beginning with index ``start``.
         """
         options, inner = self.sampling, unwrap_model(model)
         prompts = [record["prompt"] for record in self.records]
@@ -216,7 +215,7 @@ class ResponseDataModule(LightningDataModule):
     def _check_held_out(self, callbacks: Sequence[Any]) -> None:
         """Raise an error if a callback monitors ``value/validation_error``, but no prompt is held out.
 
-        Without such a callback, warn if ``validation`` is above 0, but all prompts are the same.
+        If there is no error, but ``validation`` is above 0 and all prompts are the same, issue a warning.
         """
         several = len({record["prompt"] for record in self.records}) > 1
         if self.validation and several:
@@ -273,7 +272,7 @@ class ResponseDataModule(LightningDataModule):
 
 
 def _temporary_folder() -> Path:
-    """Create a temporary folder. Temporary folders of processes that were killed are removed."""
+    """Create a temporary folder, and remove the temporary folders that killed processes left behind."""
     parent = Path(tempfile.gettempdir())
     remove_abandoned(parent.glob("kedit-value.*"))
     folder = claim(parent, "kedit-value")

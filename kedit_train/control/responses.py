@@ -32,7 +32,7 @@ class Response:
         prompt: the prompt as the user gave it.
         text: the response.
         prompt_ids: the token ids from which the model generates.
-        ids: the token ids of the response, including the token that ended it.
+        ids: the token ids of the response, including its end token if it has one.
     """
 
     prompt: str
@@ -78,10 +78,10 @@ class SamplingOptions:
 def encode_responses(
     model: nn.Module, tokenizer: Any, records: Sequence[Mapping[str, str]], prompt_format: PromptFormat = "plain"
 ) -> list[Response]:
-    """Tokenize given responses. If the tokenizer has a token that ends an answer, it is appended to each response.
+    """Tokenize given responses. Each response gets an end token if the tokenizer has one.
 
     Args:
-        model: the language model. Its context length limits the length of a prompt with its response.
+        model: the language model. A prompt with its response must not be longer than the context of the model.
         tokenizer: its tokenizer.
         records: mappings with the keys ``prompt`` and ``response``.
         prompt_format: "plain", "chat", "question" or a ``ChatFormat``.
@@ -118,8 +118,8 @@ def sample_responses(
         prompts: the prompts.
         options: temperature, length, batch size and seed. ``options.samples`` is not used.
         prompt_format: "plain", "chat", "question" or a ``ChatFormat``.
-        first: the number of the first response; the next responses have the next numbers. The random numbers of a
-            response depend only on its number and on the seed.
+        first: number of the first response. The next responses are numbered first + 1, first + 2 and so on. The random
+            numbers of a response depend only on its number and on the seed.
 
     Returns:
         One response per prompt, in the same order.

@@ -17,9 +17,10 @@ from kedit_train.errors import EditError
 
 
 class Reward:
-    """The base class of rewards that a recipe can name. Any function with the same arguments is also a reward.
+    """The base class of rewards. A recipe (a YAML file) can use any subclass as its reward.
 
-    The arguments are those of the reward functions of TRL's ``GRPOTrainer``, so these functions work here, too.
+    Any function ``reward(prompts, completions)`` is also a reward. TRL's ``GRPOTrainer`` calls its reward functions
+    with the same argument names.
     """
 
     def __call__(self, prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
@@ -32,7 +33,7 @@ class Reward:
         raise NotImplementedError
 
     def check(self, prompts: Sequence[str]) -> None:
-        """Raise an ``EditError`` if the responses to a prompt cannot be scored. The base class raises no error."""
+        """Raise an ``EditError`` if the responses to a prompt cannot be scored. By default, nothing is checked."""
 
 
 class ShortAnswer(Reward):
@@ -75,9 +76,9 @@ class PatternReward(Reward):
 class FactReward(Reward):
     """Reward responses that state the new fact, and responses to locality prompts that keep the old answer.
 
-    For the prompt and the rephrases of an edit, the reward is 1 if the response contains the target or an alias as
-    whole words. It is -1 if the response contains the old target, but neither the target nor an alias. For a locality
-    prompt, the reward is 1 if the response contains one of the prompt's answers. In all other cases, the reward is 0.
+    A response to the prompt or to a rephrase of an edit gets 1 if it contains the target or an alias of the target. It
+    gets -1 if it contains only the old target. A response to a locality prompt gets 1 if it contains one of the answers
+    of this prompt. Every other response gets 0. Only whole words count.
 
     Args:
         edits: a file of edits, or a list of edits.

@@ -76,8 +76,8 @@ def find_sites(model: nn.Module, layers: Sequence[Layer]) -> list[Site]:
     """
     if isinstance(layers, str) or not isinstance(layers, Sequence) or not layers:
         raise EditError(
-            f'layers must be a list of layer indices or "head", got {cut(repr(layers), 60)}; pass a list, for example '
-            '["head"] or [3, 5].'
+            f'layers must be a non-empty list, got {cut(repr(layers), 60)}; pass a list, for example ["head"] or '
+            "[3, 5]."
         )
     inner = causal_model(model)
     sites = []

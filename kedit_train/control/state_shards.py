@@ -72,16 +72,16 @@ def write_shards(
 ) -> StateShards:
     """Write the hidden states of responses to ``folder``: one file for each chunk of responses.
 
-    Only one chunk at a time is in memory. If the folder already contains the complete file of a chunk, this file is
-    used, so a new run continues an interrupted run.
+    Only one chunk at a time is in memory. If the folder already contains the complete file of a chunk, the chunk is not
+    computed again. For example, a new run uses the files of an interrupted run.
 
     Args:
         model: the language model.
         layers: the layers, as for :func:`~kedit_train.control.sites.find_sites`.
         folder: a folder, which is created if necessary.
-        chunks: for each chunk, a description (a JSON value) and a function that returns the responses. The function
-            is called only if the folder does not contain the file of the chunk. The description must contain everything
-            that the responses and hidden states depend on, except the layers.
+        chunks: one pair (description, function) per chunk. The function returns the responses of the chunk. It is
+            called only if the folder does not contain the file of the chunk. The description is a JSON value. It must
+            contain everything that the responses and hidden states depend on, except the layers.
         batch_size: number of responses per forward pass.
         pad_id: id of the padding token.
 

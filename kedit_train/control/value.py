@@ -30,7 +30,7 @@ _LAYERS = Rule(
 
 
 class _Network(nn.Module):
-    """A network with one hidden layer that standardizes its input. With SiLU, the gradient has no jumps."""
+    """An MLP with one hidden layer and a standardized input. SiLU makes its gradient continuous."""
 
     mean: Tensor
     scale: Tensor
@@ -48,7 +48,9 @@ class _Network(nn.Module):
 
 
 class ValueModel(nn.Module):
-    """A value function on the hidden states of a language model, with one small network for each layer.
+    """A value function: it predicts the reward of a response from the hidden state of one token.
+
+    Each layer has its own small network.
 
     Args:
         layers: the names of the layers: "head", or the index of a layer as text.
@@ -56,10 +58,11 @@ class ValueModel(nn.Module):
         width: number of units in the hidden layer of each network.
 
     Attributes:
-        trained_on: the language model and the prompt format of the training, as JSON values. Empty before training.
+        trained_on: the language model and the prompt format that the value function was trained with, as a dict of
+            JSON values. Empty before training.
 
     Raises:
-        EditError: an argument is out of range, or a layer has another name or is given twice.
+        EditError: an argument is out of range, or ``layers`` contains an invalid name or the same name twice.
 
     Example:
         >>> value = ValueModel(["head"], hidden_size=4, width=8)

@@ -23,12 +23,12 @@ from kedit_train.pretrained import load_model
 
 
 class ValueModule(LightningModule):
-    """A value function that predicts the reward of a response from each hidden state of the response.
+    """A Lightning module that trains a value function on the hidden states of a frozen language model.
 
-    The value function is trained by temporal differences. The target of the last hidden state is the reward. The target
-    of each earlier hidden state is computed from the values of the later hidden states. The targets are computed with a
-    slowly changing copy of the value function (target network), and no gradient flows through them. The language model
-    is frozen, and it is not a part of checkpoints.
+    The value function predicts the reward of a response from each hidden state of the response. It is trained by
+    temporal differences. The target of the last hidden state is the reward. The target of each earlier hidden state is
+    computed from the values of the later hidden states. These values come from the target network: a copy of the value
+    function that changes slowly and receives no gradients. Checkpoints do not contain the language model.
 
     Args:
         name: a hub name, a folder, or "world" for the bundled model.
@@ -36,8 +36,8 @@ class ValueModule(LightningModule):
             input of the output head.
         width: number of units in the hidden layer of each value function.
         learning_rate: the learning rate of Adam, > 0.
-        trace: lambda of the lambda-return, in [0, 1]. 0 is TD(0), as in the paper, and needs many epochs for long
-            responses. With 1, the target of every hidden state is the reward.
+        trace: lambda of the lambda-return, in [0, 1]. The paper uses 0, which is TD(0). With 0, long responses need
+            many epochs. With 1, the target of every hidden state is the reward.
         target_decay: decay of the target network, in [0, 1). The target network is an exponential moving average of the
             value function. With 0, the targets are computed by the trained value function itself.
         dtype: the dtype of the language model. The value function is in float32, also in mixed precision.
@@ -107,7 +107,7 @@ class ValueModule(LightningModule):
     def on_fit_start(self) -> None:
         """Copy the value function into the target network, except when the run resumes from a checkpoint.
 
-        The data module has already set the mean and the scale by which the value function standardizes hidden states.
+        The copy includes the mean and the scale of the hidden states, which the data module has already set.
         """
         if self.trainer.ckpt_path is None:
             self.target.load_state_dict(self.value.state_dict())

@@ -1,4 +1,4 @@
-"""``EditRun``, the lifecycle of one edit, and its interfaces to the model and to the training loop."""
+"""``EditRun`` manages one edit. ``Host`` connects it to the training loop, and ``OutputHead`` to the model."""
 
 from kedit_train.core.host import Host
 from kedit_train.core.output_head import OutputHead, find_language_model

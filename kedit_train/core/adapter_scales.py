@@ -10,12 +10,15 @@ from kedit_train.errors import EditError
 
 
 def adapter_scales(model: nn.Module) -> dict[str, float]:
-    """Return the factor by which each adapter layer multiplies its output. The keys are "layer.adapter".
+    """Return the factors that multiply the outputs of the PEFT adapters, one per layer and adapter.
 
     For LoRA, the factor is ``lora_alpha / r``, or ``lora_alpha / sqrt(r)`` with ``use_rslora``.
 
     Args:
-        model: any model. For a model without PEFT adapters, the result is empty.
+        model: any model.
+
+    Returns:
+        A dict from "LAYER.ADAPTER" (module name and adapter name) to the factor. Empty for a model without adapters.
     """
     scales: dict[str, float] = {}
     for name, module in model.named_modules():

@@ -8,11 +8,11 @@ from kedit_train.errors import warn
 
 
 def check_after_end(run: Any) -> None:
-    """Warn if other code has changed the weights after the end of a complete run.
+    """Warn if other code has changed the weights after the end of the edit.
 
-    For example, a callback of the user may write averaged weights into the model when training ends. To detect such
-    changes, call this function in or after the last event of the training loop. Only the first call after the end of
-    a run checks the weights.
+    For example, a user's callback may write averaged weights into the model when training ends. Call this function in
+    the last event of the training loop, or after the loop. Only the first call after the end of the edit checks the
+    weights.
 
     Args:
         run: an :class:`~kedit_train.core.run.EditRun`.

@@ -46,9 +46,9 @@ def decide_together(
 def describe_end(run: EditRun, tokenizer: Any, edits: Sequence[Edit], prompt_format: PromptFormat) -> str | None:
     """Return a text that says whether the training examples end with end-of-text, or None if this is unknown.
 
-    If kedit-train has made the examples, the text also says why. The examples may also come from another library, for
-    example from TRL's ``SFTTrainer``. For such examples in the prompt format "plain", this function warns if they end
-    with end-of-text, but the unedited model usually does not write end-of-text after a target.
+    If kedit-train has made the examples, the text also says why. Other libraries, such as TRL's ``SFTTrainer``, may add
+    end-of-text to the examples although the unedited model usually continues after a target. In this case, the function
+    warns. It checks this only in the prompt format "plain".
 
     Args:
         run: the run. Its model must be unedited.

@@ -53,7 +53,7 @@ def callback_arguments(callbacks: Iterable[Any]) -> dict[str, dict[str, Any]]:
 
 
 def plain(value: Any) -> Any:
-    """Return a value that JSON can store. :func:`callback_arguments` describes the result."""
+    """Convert a value to a value that JSON can store. :func:`callback_arguments` lists the rules."""
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, np.generic):

@@ -25,10 +25,9 @@ _WORDS_AT_ONCE = 2**20
 def checksum(tensor: Tensor) -> Tensor:
     """Compute a 64-bit checksum of the bytes of a tensor.
 
-    If two tensors of the same shape and dtype have different checksums, their values differ. The checksum depends on
-    the positions of the values, so swapped rows and flipped signs change the checksum, too. Several changes cancel out
-    only if they were chosen for this purpose. The checksum of equal bytes is the same in every process and on every
-    device. For a sharded tensor, only the local shard is read.
+    Equal bytes have the same checksum in every process and on every device. Any change of the bytes, for example
+    swapped rows or flipped signs, changes the checksum, unless the change was constructed to keep the checksum. For a
+    sharded tensor, only the local shard is read.
 
     Returns:
         A scalar int64 tensor on the device of ``tensor``.
@@ -62,15 +61,11 @@ def _combine_by_device(summaries: list[list[Tensor]]) -> list[int]:
 
 
 def _summary(values: Tensor) -> list[Tensor]:
-    """Return a summary of the bytes of a tensor: int64 vectors from which the checksum is computed.
+    """Arrange the bytes of a tensor as a matrix of 8-byte words, and return its row sums and column sums.
 
-    The bytes are read as 8-byte words. If there are only a few words, the summary consists of the words themselves.
-    Otherwise, the words are arranged as a matrix, and the summary consists of the sums over its rows and columns.
-    Words that do not fill a row, and bytes that do not fill a word, are added to the summary as they are.
-
-    A single sum of all words would miss some changes: two swapped words, or flipped signs in the upper halves of two
-    words. The sums over rows and columns detect these changes, because the two words are in different rows or in
-    different columns. No temporary tensor has the size of ``values``.
+    Words that do not fill a row, and bytes that do not fill a word, are returned unchanged. If there are only a few
+    words, all of them are returned unchanged. A single sum of all words would miss some changes, for example two
+    swapped words or two flipped signs. No temporary tensor has the size of ``values``.
     """
     values = values.contiguous().view(-1)
     rest: list[Tensor] = []

@@ -30,7 +30,7 @@ def check_ddp_at_first_forward(model: nn.Module) -> list[Any]:
 class _FirstForwardCheck:
     """Check the DDP wrapper once, in the first forward pass.
 
-    The check cannot run earlier, because a wrapped model can find its DDP wrapper only while the wrapper calls it.
+    Outside of a forward pass, a wrapped model cannot find its DDP wrapper.
     """
 
     done = False

@@ -36,8 +36,8 @@ def fingerprint(model: nn.Module, dtypes: Mapping[str, torch.dtype] | None = Non
     Args:
         model: any module.
         dtypes: parameter name -> dtype to which the parameter is converted before hashing. By default, no parameter is
-            converted. Use this argument for a model that was converted from bf16 to fp32: If every converted parameter
-            is mapped to bf16, and no value has changed, the hash is the same as before the conversion.
+            converted. For a model that was converted from bf16 to fp32, map each converted parameter to bf16. Then the
+            hash is the same as before the conversion, unless a value has changed.
 
     Returns:
         SHA-256 as 64 hexadecimal digits.

@@ -38,9 +38,9 @@ def shard_like(value: Tensor, parameter: Tensor) -> Tensor:
 def reshard(root: nn.Module) -> None:
     """Free the full parameters that FSDP2 gathered for the last forward pass.
 
-    FSDP2 keeps the gathered parameters of its root module after a forward pass. Until the gathered parameters are
-    freed, ``named_parameters()`` returns the gathered parameters instead of the sharded parameters. The next forward
-    pass would also use the gathered parameters, and ignore values that were written into the sharded parameters.
+    FSDP2 keeps the full parameters of its root module after a forward pass. Until they are freed,
+    ``named_parameters()`` returns the full parameters instead of the sharded parameters. The next forward pass would
+    use the full parameters, too. Values that were written into the sharded parameters would then have no effect.
     """
     for module in root.modules():
         if isinstance(module, FSDPModule):
@@ -54,7 +54,7 @@ def gathered_parameters(root: nn.Module, scope: Mapping[str, nn.Parameter]) -> d
     in every forward pass, but frees their memory between the passes.
 
     Args:
-        root: the module that the training loop trains. Its forward pass must have run before.
+        root: the module that the training loop trains. Run its forward pass at least once before this call.
         scope: name -> parameter, sharded or not.
 
     Returns:

@@ -13,13 +13,13 @@ from kedit_train.errors import EditError
 def check_gradients(run: RunState, penalized: bool = False) -> None:
     """Raise an error if no parameter in scope has a gradient just before an optimizer step.
 
-    If no parameter has a gradient at the first step, the loss does not depend on the scope, so no step would change
-    anything. After the first step, only a sharded scope is checked.
+    If no parameter has a gradient at the first step, the loss does not depend on the scope, so training would change
+    nothing. A sharded scope is checked at every step, any other scope only at the first step.
 
-    Gradients that are all zero are usually allowed, because the model may already give the new answers. They are an
-    error at the first step of a run with a penalty on the weights: such a penalty gives each parameter a gradient of
-    zeros, even if the loss does not depend on the scope. They are allowed in spite of a penalty if the token loss
-    ignores learned tokens, or if the trainer computes its own loss.
+    A penalty on the weights gives each parameter a gradient, even if the loss does not depend on the scope. At the
+    first step, the gradient of the penalty is zero. In a run with a penalty, gradients that are all zero at the first
+    step are therefore an error, unless the token loss ignores learned tokens or the trainer computes its own loss.
+    Without a penalty, zeros are allowed, because the model may already give the new answers.
 
     Experts are not checked, because the tokens of a batch may all be routed to other experts.
 
@@ -54,11 +54,8 @@ def check_gradients(run: RunState, penalized: bool = False) -> None:
 
 
 def _are_zeros(run: RunState, gradients: list[Tensor]) -> bool:
-    """Return whether all gradients are zero although the loss should have a gradient.
-
-    The result is False if the loss may have a gradient of zeros: a token loss may ignore learned tokens, and a trainer
-    may compute its own loss. Sharded gradients are not read, and the result is False.
-    """
+    # A token loss that ignores learned tokens, or the trainer's own loss, may have a gradient of zeros.
     if any("token_clip" in callback.provides() for callback in run.callbacks) or run.host.loss_unsupported_reason():
         return False
+    # Sharded gradients are not read.
     return not any(isinstance(g, DTensor) or bool(g.any()) for g in gradients)

@@ -16,12 +16,12 @@ class Host:
 
     Attributes:
         name: the name of this kind of loop in error messages.
-        announces_every_step: whether the loop always calls ``run.steps.penalty()`` before the forward pass of an
-            optimizer step. If True, an optimizer step without this call raises an error. If False, it raises an error
-            only if a callback adds a penalty or training has not started.
-        releases_model: whether the run is closed when an optimizer step without a ``penalty()`` call raises an error.
-            True for loops that a user may abandon before the run ends. An abandoned loop does not close its run, and
-            the step usually comes from another loop that trains the same model.
+        announces_every_step: whether the loop calls ``run.steps.penalty()`` before the forward pass of every optimizer
+            step. If True, a step without this call raises an error. If False, such a step raises an error only if a
+            callback adds a penalty, or if training has not started.
+        releases_model: whether the error about a missing ``penalty()`` call also closes the run. True for loops that a
+            user may abandon. An abandoned loop does not close its run, and the step usually comes from another loop
+            that trains the same model.
         uses_closures: whether the loop passes a closure to ``optimizer.step``. If True, the closure calls
             ``run.steps.before_optimizer_step`` when the gradients are complete.
     """

@@ -197,8 +197,8 @@ class Integrity:
 
         Raises:
             EditError: a frozen parameter has a gradient, or a parameter in scope was frozen, replaced or converted to
-                another dtype. If a callback has ``constrains`` or ``follows_steps`` set to True, a change of the scope
-                is also an error if no optimizer step was detected since the last call of this method.
+                another dtype. If a callback has ``constrains`` or ``follows_steps`` set to True, this error is also
+                raised if the scope has changed since the last call without a detected optimizer step.
         """
         if not self._started:
             self.start()

@@ -26,14 +26,13 @@ def mark_interrupted(run: RunState) -> None:
 
 
 def check_not_interrupted(run: RunState) -> None:
-    """Raise an error if a new run begins on a model that still contains a part of an interrupted edit.
+    """Raise an error if a new run begins on a model with half-edited weights from an interrupted run.
 
-    A run that resumes from a checkpoint is not checked. A new run may use the model if the weights from before the
-    interrupted edit have been loaded again. If the model was loaded from a checkpoint of an unfinished edit, the new
-    run only issues a warning.
+    There is no error if the run resumes from a checkpoint, or if the weights from before the interrupted run have been
+    loaded again. If the user has loaded the model from a checkpoint of an unfinished edit, there is only a warning.
 
     Raises:
-        EditError: the model contains a part of an interrupted edit.
+        EditError: an interrupted run has left half-edited weights in the model.
     """
     _warn_about_checkpoint(run)
     mark = run.model.__dict__.get(_ATTRIBUTE)
@@ -60,7 +59,6 @@ def _has_values(parameter: nn.Parameter, before: tuple[torch.dtype, list[int]] |
 
 
 def _has_weights(model: nn.Module, before: dict[str, tuple[torch.dtype, list[int]]]) -> bool:
-    """Return whether all parameters in ``before`` have their earlier values; ``before``: name -> (dtype, checksum)."""
     parameters = dict(model.named_parameters())
     return bool(before) and all(
         name in parameters and _has_values(parameters[name], value) for name, value in before.items()

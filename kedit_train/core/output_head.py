@@ -43,16 +43,16 @@ def find_language_model(root: nn.Module) -> nn.Module | None:
 class OutputHead:
     """Reads the hidden states that enter the output head, and projects hidden states to logits.
 
-    A pre-hook on the head module receives the hidden states after the model has applied the final norm and any scaling
-    to them. The soft cap of the logits is read from the model's configuration. :meth:`verify` reads the scale of the
-    logits from the configuration, and checks that the projected logits match the logits of the model.
+    A pre-hook on the head module reads the input of the head. The model has already applied the final norm and any
+    scaling to this input. The soft cap of the logits is read from the model's configuration. :meth:`verify` finds the
+    scale of the logits, and checks that the projected logits match the logits of the model.
 
     Args:
         model: a causal language model, possibly with adapters.
 
     Attributes:
         captured: the hidden states of the last forward pass inside :meth:`capturing`, [batch, length, hidden].
-        scale: factor that the logits are multiplied by, 1 until :meth:`verify` has run.
+        scale: factor of the logits. It is 1 until :meth:`verify` has run.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -79,8 +79,8 @@ class OutputHead:
     def capturing(self) -> Iterator[OutputHead]:
         """Context manager: store the input of the head, and let the head compute the logits of one position only.
 
-        This saves time and memory, because the caller does not use the logits of the model. It projects the stored
-        hidden states to logits itself.
+        Computing only one position saves time and memory. The logits of the other positions are not needed, because the
+        caller projects the stored hidden states to logits itself.
         """
         self.begin()
         try:

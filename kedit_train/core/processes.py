@@ -34,12 +34,12 @@ def is_distributed() -> bool:
 
 
 def check_launcher(environment: Mapping[str, str] | None = None) -> None:
-    """Raise an error if ``accelerate launch`` was asked for several processes, but has started a single one.
+    """Raise an error if ``accelerate launch`` was asked for several processes, but has started only one.
 
-    On CPUs, ``accelerate launch --num_processes 2`` starts the script once (accelerate 1.15), unless ``--multi_gpu`` or
-    an MPI host file is given. The trainer then trains in one process without any message. The script cannot read the
-    requested number of processes, but accelerate sets ``MASTER_ADDR`` if this number is above 1. Therefore, this
-    function checks ``MASTER_ADDR``.
+    On CPUs, ``accelerate launch --num_processes 2`` starts only one process (accelerate 1.15), unless ``--multi_gpu``
+    or an MPI host file is given. The trainer then trains in one process without any message. accelerate does not tell
+    the script how many processes were requested, but sets ``MASTER_ADDR`` if more than one was requested. Therefore,
+    this function checks ``MASTER_ADDR``.
 
     Args:
         environment: environment variables; ``os.environ`` by default.
@@ -56,6 +56,6 @@ def check_launcher(environment: Mapping[str, str] | None = None) -> None:
     if requested and not is_distributed() and not any(name in variables for name in _SIZES):
         raise EditError(
             "accelerate launch was asked for several processes but started one, as it does on CPUs; use torchrun "
-            "--nproc-per-node N (with use_cpu=True in the training arguments), or pass --num_processes 1 and remove "
-            "MASTER_ADDR from the environment."
+            "--nproc-per-node N, with use_cpu=True in the training arguments. To train in one process, pass "
+            "--num_processes 1 and unset MASTER_ADDR."
         )

@@ -22,10 +22,10 @@ _LOCAL = ("show", "edits", "license", "path", "dir")
 
 @contextmanager
 def agreeing_processes(run: RunState) -> Iterator[None]:
-    """Context manager: after the ``with`` block, raise an error in every process if they train different edits.
+    """Context manager: check after the ``with`` block that all processes train the same edit.
 
     All processes must have the same callback arguments, weights in scope and weights before the edit. If the block
-    raises an error in one process, an error is raised in every process, so that no process waits for another one.
+    fails in one process, an error is raised in every process, so that no process waits for another one.
 
     Raises:
         EditError: the processes differ, or one of them has failed.

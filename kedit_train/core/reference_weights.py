@@ -31,8 +31,8 @@ def check_unchanged(parameters: Mapping[str, nn.Parameter], values: Mapping[str,
     if changed is not None:
         raise EditError(
             f"{changed} must not change between the start of the edit and the first step, because the constraints use "
-            "its value at the start; load or change weights before the edit starts. Weights of a checkpoint may be "
-            "loaded later, together with the state of the edit (in a plain loop, with edit.load_state_dict())."
+            "its value at the start; load or change weights before the edit starts. To resume from a checkpoint in a "
+            "plain loop, also call edit.load_state_dict()."
         )
 
 

@@ -1,4 +1,7 @@
-"""Check what callbacks require of each other. They name metrics and capabilities, not the classes that provide them."""
+"""Check that every callback finds what it requires, and that no two callbacks conflict.
+
+Callbacks name the metrics and capabilities that they require. They do not name the classes that provide these.
+"""
 
 from __future__ import annotations
 
@@ -11,15 +14,15 @@ from kedit_train.errors import EditError
 
 @dataclass(frozen=True)
 class Requirement:
-    """A metric or capability that another callback of the same run must provide.
+    """A requirement or a conflict of one callback.
 
-    ``EditCallback.conflicts()`` also returns objects of this class. For a conflict, the meaning is reversed: no other
-    callback of the run may provide any of the names in ``any_of``.
+    ``EditCallback.requires()`` returns requirements: other callbacks of the run must provide at least one of the names.
+    ``EditCallback.conflicts()`` returns conflicts: no other callback of the run may provide any of the names.
 
     Args:
-        any_of: alternative names. The requirement is met if one of them is provided. A name is the key of a published
-            metric (``"edit/reliability"``) or a capability (``"token_loss"``, ``"token_clip"``, ``"batch_anchor"``).
-        message: the error message, in one sentence: what is missing and what to add.
+        any_of: the names. A name is the key of a published metric (``"edit/reliability"``) or a capability
+            (``"token_loss"``, ``"token_clip"``, ``"batch_anchor"``).
+        message: the error message. It says in one sentence what is wrong and what to do.
     """
 
     any_of: tuple[str, ...]

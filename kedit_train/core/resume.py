@@ -52,10 +52,10 @@ def scope_checksums(run: RunState) -> dict[str, int]:
 
 
 def with_current_weights(run: RunState, state: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a copy of ``state`` with new checksums of the scope, for a checkpoint that is saved after the run.
+    """Return a copy of ``state`` with checksums of the current weights, for a checkpoint that is saved after the run.
 
     When a run ends, weights that were trained in fp32 are rounded to the model's dtype, so the old checksums no longer
-    match. The new checksums are computed from the rounded weights in fp32, because a resumed run compares them in fp32.
+    match. A resumed run computes its checksums in fp32. The rounded weights are therefore converted to fp32 here, too.
     """
     dtypes = {name: value.dtype for name, value in state["reference"].items()}
     weights = {name: full_tensor(p.detach()) for name, p in run.scope.items()}
@@ -84,8 +84,9 @@ def check_scope(run: RunState, state: dict[str, Any]) -> None:
         name = min(set(state["reference"]) ^ expected)
         where = "this run" if name in expected else "the checkpoint"
         raise EditError(
-            f"the checkpoint was written with another scope ({len(state['reference'])} tensors) than this run "
-            f"({len(expected)} tensors): {name} is only in the scope of {where}; resume with the same ParameterScope."
+            f"the checkpoint was written with another scope: {name} is only in the scope of {where} (tensors in scope: "
+            f"{len(state['reference'])} in the checkpoint, {len(expected)} in this run); resume with the same "
+            "ParameterScope."
         )
     for name, value in state["reference"].items():
         if value.shape != run.shapes[name]:

@@ -66,10 +66,10 @@ class EditRun(RunState):
 
     @classmethod
     def join(cls, root: nn.Module, callback: Any, host: Host) -> EditRun:
-        """Add ``callback`` to the run of ``root``, and create the run for the first callback.
+        """Add ``callback`` to the run of ``root``. If ``root`` has no run, create one.
 
-        If another training loop has left a run on the model and no longer uses it (:meth:`Host.is_editing` is False),
-        this old run is closed first.
+        ``root`` may still have the run of another training loop. If that loop no longer uses its run
+        (:meth:`Host.is_editing` is False), the run is closed, and a new one is created.
 
         Args:
             root: the module that the training loop trains.
@@ -77,8 +77,8 @@ class EditRun(RunState):
             host: the interface of the training loop.
 
         Raises:
-            EditError: ``callback`` is not an instance, a class that may be used only once per model is already in use,
-                ``callback.prepare`` fails, or the model is being edited by another training loop.
+            EditError: ``callback`` is a class and not an instance, another training loop is editing the model, the run
+                would have two callbacks of a class that may be used only once, or ``callback.prepare`` fails.
         """
         if isinstance(callback, type):
             name = callback.__name__
@@ -272,7 +272,7 @@ class EditRun(RunState):
         return self._head
 
     def loss_head(self) -> LossHead:
-        """Return the loss head. The first call creates it. It replaces the model's loss until the run ends."""
+        """Return the object that replaces the model's loss until the run ends. The first call creates it."""
         if self._loss_head is None:
             host = self.host
             self._loss_head = LossHead(self.head(), shares=host.summed_micro_batches, full_logits=host.reads_logits)
@@ -284,9 +284,9 @@ class EditRun(RunState):
         return self._head is not None and self._head.is_capturing
 
     def reference_head(self) -> Callable[[Tensor], Tensor] | None:
-        """Return a function that maps hidden states to logits with the head's weights from before the edit.
+        """Return the output head of the unedited model, as a function from hidden states to logits.
 
-        If the head is not in scope, the edit does not change the head, and None is returned.
+        The result is None if the head is not in scope, because the edit then does not change the head.
         """
         # During the forward pass, FSDP2 replaces parameters by gathered copies, which are not the scoped parameters.
         reshard(self.root)

@@ -71,7 +71,7 @@ class RunState:
 
     @property
     def edits(self) -> Sequence[Edit]:
-        """The edits that a callback has set, or else the edits of the training loop. Empty if there are no edits."""
+        """The edits that a callback has set, or the edits of the training loop if no callback has set any."""
         from_host = () if self._edits else self.host.edits()
         # A user's own data module may use the attribute name "edits" for something else.
         are_edits = isinstance(from_host, Sequence) and len(from_host) > 0 and isinstance(from_host[0], Edit)

@@ -73,10 +73,10 @@ def _take_tensors(value: Any, key: str, tensors: dict[str, Tensor]) -> Any:
 
 
 def _put_tensors(value: Any, tensors: dict[str, Tensor]) -> Any:
-    """Return ``value`` with each name of a tensor replaced by the tensor.
+    """Undo :func:`_take_tensors`: return ``value`` with its tensors.
 
     Raises:
-        EditError: the file contains no tensor with this name.
+        EditError: ``value`` names a tensor that the file does not contain.
     """
     if isinstance(value, dict):
         if set(value) == {_TENSOR}:

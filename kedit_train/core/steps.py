@@ -28,8 +28,8 @@ class OptimizerSteps:
 
     Args:
         run: the run, with the scoped parameters.
-        release: function that closes the run. If ``host.releases_model`` is True, it is called before the error about
-            an optimizer step that was not announced.
+        release: function that closes the run. If an optimizer step was not announced and ``host.releases_model`` is
+            True, this function is called before the error is raised.
 
     Attributes:
         learning_rates: the learning rate of the last step for each scoped parameter that had a gradient, by name. The
@@ -81,7 +81,7 @@ class OptimizerSteps:
             handle.remove()
 
     def begin(self, scaler: Any = None) -> None:
-        """Begin a new optimizer step. With a ``scaler``, an announced step that no optimizer took counts as skipped."""
+        """Begin a new optimizer step. With a ``scaler``, the last step counts as skipped if no optimizer took it."""
         if scaler is not None and self._penalized is not None and not self._stepped_optimizers:
             self.skipped += 1
         self._penalized = None
@@ -127,7 +127,7 @@ class OptimizerSteps:
         """Check the final gradients, and delete them if a callback wants to skip this step.
 
         The gradients are deleted, not set to zero. With a zero gradient, momentum and weight decay would still change
-        the parameter, but an optimizer ignores a parameter without a gradient. The step is not skipped if the loss
+        the parameter, but an optimizer ignores a parameter without a gradient. A callback cannot skip a step whose loss
         also contains a penalty or a comparison with the reference model (a callback with ``anchors``).
         """
         run = self.run
@@ -175,7 +175,7 @@ class OptimizerSteps:
     def finish(self) -> None:
         """Check whether other code has changed weights. If it has changed the scope, apply the constraints again.
 
-        A trainer that loads its best checkpoint is such code, and so is Lookahead with its second copy of the weights.
+        Two examples of such code are a trainer that loads its best checkpoint, and the optimizer Lookahead.
         """
         self._close_step()
         if self.integrity.finish():
@@ -189,13 +189,10 @@ class OptimizerSteps:
             )
 
     def _restore_constraints(self, expected: bool = False) -> None:
-        """Apply the constraints again after other code has changed the weights.
-
-        If the change broke a constraint, a warning is always given. If it broke none, a warning is given at most once
-        per run, and only after an optimizer step: a change without a step may be the user's own update.
+        """Apply the constraints again after other code has changed the weights, and warn about the change.
 
         Args:
-            expected: True if the training loop makes this change itself. Then only a broken constraint gives a warning.
+            expected: whether the training loop made this change itself. If True, warn only about a broken constraint.
         """
         run = self.run
         self._written = True
@@ -212,6 +209,7 @@ class OptimizerSteps:
                 f"other code has changed {moved[0]} (and {len(moved) - 1} other parameters) outside of the optimizer "
                 "steps, and has broken the constraints of this edit; the constraints have been applied again."
             )
+        # A change without an optimizer step may be the user's own update, so it gives no warning.
         elif self.integrity.written_after_step and not expected and not self._warned:
             self._warn_written(self.integrity.written)
         self.integrity.record_scope()
@@ -219,7 +217,7 @@ class OptimizerSteps:
     def _check_written_since_announcement(self) -> None:
         """Warn if other code has written to the scope since the current step was announced.
 
-        The constraints are applied after this step anyway. Writes through ``parameter.data`` are not detected here.
+        Writes through ``parameter.data`` are not detected here.
         """
         versions, self._versions = self._versions, []
         if not versions or self.is_shared or self._warned:
@@ -261,9 +259,9 @@ class OptimizerSteps:
         if any(c.constrains or c.penalizes or c.skips or c.follows_steps for c in self.run.callbacks):
             raise EditError(
                 f"{type(optimizer).__name__}.step() was called inside backward(), so the callbacks cannot act on the "
-                "complete step (possible causes: an optimizer in a gradient hook, _apply_optimizer_in_backward, or a "
-                "layerwise optimizer of transformers); create one optimizer for all parameters, and call its step() "
-                "after backward()."
+                "complete step; create one optimizer for all parameters, and call its step() after backward(). "
+                "Possible causes: an optimizer in a gradient hook, _apply_optimizer_in_backward, or a layerwise "
+                "optimizer of transformers."
             )
 
     def pre_hook(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:

@@ -14,15 +14,14 @@ from kedit_train.errors import EditError
 
 
 def follow_strategy(run: RunState) -> None:
-    """Look up the scoped parameters again after the training strategy has wrapped the model.
+    """Look up the parameters in scope again after the training strategy has wrapped the model.
 
     This is needed for FSDP2, which replaces each parameter by a DTensor with the same name and shape.
 
     Raises:
-        EditError: constraints cannot be enforced with this strategy, for example because it flattened, sliced or
-            renamed a parameter (FSDP1, DeepSpeed ZeRO-3). Other reasons: the optimizer of DeepSpeed does not train a
-            parameter in scope, FSDP2 shards half-precision parameters that must be trained in fp32, or the launcher
-            started too few processes.
+        EditError: the strategy is not supported, for example FSDP1 or DeepSpeed ZeRO-3. This error is also raised if
+            the optimizer of DeepSpeed does not train a parameter in scope, if FSDP2 shards half-precision parameters
+            that must be trained in fp32, or if the launcher started too few processes.
     """
     check_launcher()
     reshard(run.root)
@@ -58,16 +57,20 @@ def follow_strategy(run: RunState) -> None:
 def follow_dtype(run: RunState) -> None:
     """Update a run whose model was converted to another dtype, for example by Lightning's "bf16-true".
 
-    The reference values are converted too. If the scope is trained in fp32, the fp32 parameters are created again.
+    The stored reference weights (the values before the edit) get the same dtype. If the scope is trained in fp32, its
+    fp32 parameters are created again.
+
+    Raises:
+        EditError: the scope is trained in fp32, and the run has several processes.
     """
     converted = {n: p.dtype for n, p in run.scope.items() if n in run.reference and p.dtype != run.reference[n].dtype}
     if not converted:
         return
     if run.full_precision and is_distributed():
         raise EditError(
-            "full_precision=True trains fp32 values, but the trainer has converted the distributed model to half "
-            "precision and overwritten these values; set the trainer's precision to 32-true and load the model in half "
-            "precision yourself before the edit, or pass full_precision=False.",
+            "full_precision=True trains fp32 values, but the trainer of this distributed run has converted the model "
+            "to half precision and overwritten these values; load the model in half precision yourself and set the "
+            "trainer's precision to 32-true (no conversion), or pass full_precision=False.",
             component="ParameterScope",
         )
     run.reference |= {name: run.reference[name].to(dtype) for name, dtype in converted.items()}
@@ -81,7 +84,7 @@ def follow_dtype(run: RunState) -> None:
 
 
 def _flattened_by(parameter: Any) -> str | None:
-    """Return the reason for an error if DeepSpeed or FSDP1 updates a flattened copy of the parameter, else None."""
+    """Return how the strategy flattens or divides the parameter, or None if it does neither."""
     if hasattr(parameter, "ds_id"):
         return "DeepSpeed ZeRO-3 divides each weight among the processes"
     if uses_deepspeed(parameter):

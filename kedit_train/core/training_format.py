@@ -19,10 +19,12 @@ _PLACEHOLDER = "kedittrainquestion"
 def training_format(run: EditRun, tokenizer: Any, edits: Sequence[Edit] = ()) -> PromptFormat | None:
     """Return the prompt format of the training examples, or None if it is unknown.
 
-    In a plain loop, the argument ``prompt_format`` of ``editing`` is returned. If the data module of a Lightning
-    trainer has an attribute ``prompt_format`` (as ``EditDataModule`` has), the value of this attribute is returned. For
-    ``EditSFTTrainer``, ``prompt_format`` in the trainer's arguments is returned. In other trainers of ``transformers``
-    and TRL, the first examples of the training dataset are compared with the chat template.
+    The result depends on the training loop:
+
+    - Plain loop: the argument ``prompt_format`` of ``editing``.
+    - Lightning: the attribute ``prompt_format`` of the data module, for example of ``EditDataModule``.
+    - ``EditSFTTrainer``: ``prompt_format`` in the trainer's arguments.
+    - Other trainers of ``transformers`` and TRL: the format that the first training examples show.
 
     Args:
         run: the run. The training data must be available, so call this function in ``attach`` or later.
@@ -100,11 +102,10 @@ def warn_without_chats(run: EditRun, tokenizer: Any, sequences: Sequence[Sequenc
 
 
 def is_chat(tokenizer: Any) -> Any:
-    """Return a function that checks whether a text contains an answer in the format of the tokenizer's chat template.
+    """Return a function that checks whether a text is a chat in the format of the tokenizer's chat template.
 
-    The function takes a text from which all white space was removed. The function searches for the text that the
-    template puts between the user's message and the answer. Therefore system prompts and the messages themselves do not
-    matter.
+    A text counts as a chat if it contains the part of the template between the user's message and the answer. Remove
+    all white space from a text before you pass it to the function. Without a chat template, the function returns False.
     """
     header = ""
     if getattr(tokenizer, "chat_template", None):
@@ -137,9 +138,10 @@ def _is_conversation(example: Any) -> bool:
 
 
 def _has_other_context(run: EditRun, tokenizer: Any, edits: Sequence[Edit]) -> bool:
-    """Return whether other text, such as a system prompt, precedes the prompts of the edits in the training chats.
+    """Return whether the training chats have other text before the prompts of the edits, such as a system prompt.
 
-    The result is False if no chat contains a prompt of an edit, or if some chat begins with one.
+    The result is False if no chat contains the prompt of an edit. It is also False if any chat begins with the prompt
+    of an edit.
     """
     texts = [_squeeze(_text_of(example, tokenizer)) for example in first_examples(run.host)]
     trained = [(text, edit) for edit in edits[:1000] for text in texts if _squeeze(edit.prompt) in text]

@@ -1,10 +1,11 @@
 """Call the hooks of a run in the optimizer steps of DeepSpeed ZeRO-1 and ZeRO-2.
 
-With ZeRO-1 and ZeRO-2, every process has the whole weights, but the optimizer is divided among the processes. Each
-process updates a flat fp32 copy of its part of the weights. Then all processes gather the new weights. The optimizer
-hooks of torch see only the flat copies. Therefore a run replaces the method ``step`` of the ZeRO optimizer. The new
-method calls the hooks of the run with the whole weights and gradients. The hooks apply the constraints to the gathered
-weights. Then the method writes the result back into the fp32 copies.
+With ZeRO-1 and ZeRO-2, every process has all weights, but updates only a part of them, in a flat fp32 copy. After the
+update, every process gets the new weights from the other processes.
+
+The optimizer hooks of torch see only the flat copies. Therefore, :class:`ZeroSteps` replaces the method ``step`` of the
+ZeRO optimizer. The new method passes the whole weights and gradients to the hooks of the run. The hooks may change the
+new weights, for example to enforce a constraint. Finally, the method writes these weights into the flat copies.
 """
 
 from __future__ import annotations
@@ -55,10 +56,12 @@ class ScopeGroups:
 
 
 class ZeroSteps:
-    """Calls a run at every step of a ZeRO optimizer, and adds the gradients of penalties to those of the loss.
+    """Calls the hooks of a run at every step of a ZeRO optimizer.
+
+    This class also adds the gradients of penalties to the gradients of the loss.
 
     Args:
-        run: the run.
+        run: the run whose hooks are called.
         zero: the optimizer, ``DeepSpeedZeroOptimizer``.
     """
 

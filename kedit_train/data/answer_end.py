@@ -1,8 +1,8 @@
 """Decide whether targets end with end-of-text (``append_eos="auto"``).
 
-A pretrained model does not end a text after a completion. If the model is trained on end-of-text after the target, it
-learns to stop in the middle of other texts. This damages generated texts more than the edits themselves do. Therefore,
-"auto" measures whether the unedited model itself ends its completions.
+Many pretrained models continue a text after the answer. If such a model is trained to end the text after every target,
+it also learns to stop in the middle of other texts. Therefore, "auto" measures whether the unedited model ends its
+completions by itself.
 """
 
 from __future__ import annotations
@@ -58,17 +58,19 @@ def decide_append_eos(
 ) -> EndDecision:
     """Decide whether targets end with end-of-text.
 
-    With "auto", targets end with end-of-text in chats and with the format "question", because models end their answers
-    in these formats. A plain completion ends with end-of-text if the tokenizer appends end-of-text to every text, or if
-    the model itself ends its completions (:func:`end_probability` is at least one half). If the tokenizer has no
-    end-of-text token, "auto" appends nothing to plain completions.
+    With "auto", the first of these cases that applies decides:
+
+    1. The prompts are chats or have the format "question": yes, because models end their answers in these formats.
+    2. The tokenizer has no end-of-text token: no.
+    3. The tokenizer appends end-of-text to every text: yes.
+    4. ``model`` is None: yes.
+    5. All other cases: yes if :func:`end_probability` is at least one half.
 
     Args:
         append_eos: True or False sets the decision. With "auto", this function decides.
         tokenizer: a tokenizer of ``transformers``.
-        edits: the edits. At most 16 of them are used for the measurement.
-        model: the unedited model. With None, "auto" measures nothing, and plain completions end with end-of-text (if
-            the tokenizer has this token).
+        edits: the edits. :func:`end_probability` uses at most 16 of them.
+        model: the unedited model, for :func:`end_probability`, or None.
         prompt_format: the format of the prompts.
     """
     if append_eos != "auto":

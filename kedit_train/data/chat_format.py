@@ -22,14 +22,14 @@ class ChatFormat:
     are the same.
 
     Args:
-        system: the system prompt. None: the template decides, and some templates have a default system prompt.
-        history: earlier turns of the conversation, the same for all prompts: a list of messages, each with ``role`` and
-            ``content``. They follow the system prompt.
-        thinking: True: the model thinks before it answers, and the template is rendered with ``enable_thinking=True``.
-            In training, the thoughts are an empty block ``<think></think>``, which does not count in the loss. In an
+        system: the system prompt. With None, the template may add its own default system prompt.
+        history: list of earlier messages of the conversation, each with ``role`` and ``content``. They follow the
+            system prompt, and are the same for all prompts.
+        thinking: whether the model thinks before it answers. With True, the template gets ``enable_thinking=True``. In
+            training, the thoughts are an empty block ``<think></think>``, which does not count in the loss. In an
             evaluation, the model generates its thoughts, and only the text after ``</think>`` is its answer. Thoughts
-            need many tokens, so raise ``max_new_tokens`` of the evaluation. False: ``enable_thinking`` is not passed to
-            the template, so the template's default applies.
+            need many tokens, so raise ``max_new_tokens`` of the evaluation. With False, ``enable_thinking`` is not
+            passed to the template, so the template's default applies.
 
     Raises:
         EditError: an argument has the wrong type, or a message has no role or content.

@@ -55,9 +55,9 @@ class _Answered:
         self._rephrases: dict[str, list[int]] = defaultdict(list)
 
     def contradicted(self, edits: Sequence[Edit], i: int) -> int | None:
-        """Return the position in ``edits`` of an indexed edit that contradicts edit ``i``, or None.
+        """Return the index of an edit that was added and contradicts edit ``i``, or None.
 
-        Indexed edits with the same prompt are tried first, in the order in which they were added.
+        Edits with the same prompt are tried first, in the order in which they were added.
         """
         prompt = fold(edits[i].prompt)
         same = [self._prompts[prompt], self._rephrases[prompt]]
@@ -74,8 +74,8 @@ class _Answered:
 def contradictions(edits: Sequence[Edit]) -> list[tuple[int, int]]:
     """Return one pair of indices (earlier, later) for each edit that contradicts an earlier edit.
 
-    If a later edit contradicts several earlier edits, the pair contains only one of them: the first edit with the same
-    prompt, if there is one.
+    If an edit contradicts several earlier edits, its pair contains only one of them. The first edit with the same
+    prompt is preferred.
     """
     answered = _Answered()
     pairs = []

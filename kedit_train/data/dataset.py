@@ -268,17 +268,16 @@ class EditDataset(TrainerDatasets):
 
         Args:
             tokenizer: a tokenizer of ``transformers``.
-            append_eos: whether every target ends with exactly one end token. In a chat, the end token is the token with
-                which the template closes the turn of the assistant. If the template has no such token, and with the
-                formats "plain" and "question", the end token is end-of-text. "auto" appends the end token in chats and
-                with the format "question". After plain completions, "auto" appends it if ``model`` itself ends its
-                completions, or if ``model`` is None (:func:`~kedit_train.data.answer_end.decide_append_eos` describes
-                all cases).
+            append_eos: whether every target ends with exactly one end token. This is end-of-text or, in a chat, the
+                token with which the template closes the turn of the assistant, if the template has such a token. "auto"
+                appends the end token in chats and with the format "question". With the format "plain", "auto" appends
+                it if ``model`` is None, or if ``model`` ends its completions by itself.
+                :func:`~kedit_train.data.answer_end.decide_append_eos` describes all cases.
             model: the unedited model, for ``append_eos="auto"``. It is left unchanged.
             max_length: the maximum number of tokens of an edit. None uses the limit of the tokenizer
                 (``model_max_length``), if the tokenizer has a limit.
-            prompt_format: "plain" leaves prompts as they are, "chat" and a :class:`~kedit_train.ChatFormat` apply the
-                chat template of the tokenizer, and "question" frames every prompt as a question.
+            prompt_format: "plain" leaves prompts as they are. "chat" and a :class:`~kedit_train.ChatFormat` apply the
+                chat template of the tokenizer. "question" frames every prompt as a question.
 
         Returns:
             One :class:`~kedit_train.data.tokenization.Encoded` per edit, for :class:`~kedit_train.data.EditCollator`.

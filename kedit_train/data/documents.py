@@ -1,4 +1,4 @@
-"""Split documents that are longer than the context of a model into parts."""
+"""Split long documents into parts that fit into the context of a model."""
 
 from __future__ import annotations
 
@@ -25,11 +25,12 @@ _ENDS = tuple(
 def split_documents(
     edits: EditDataset, tokenizer: Any, max_length: int | None, *, prompt_format: PromptFormat = "plain"
 ) -> EditDataset:
-    """Split every edit that is longer than ``max_length`` tokens into parts, at the ends of paragraphs or sentences.
+    """Split each edit with more than ``max_length`` tokens into several edits, called parts.
 
-    The first part keeps the prompt, the identifier and all questions of the edit. The prompts of the other parts end
-    with "(part 2)", "(part 3)" and so on. If another edit already has such a prompt, this part number is skipped. No
-    text is dropped. A warning gives the number of edits that were split.
+    The target is split at the ends of paragraphs or sentences, and within a sentence only if the sentence is too long.
+    No text is dropped. The first part keeps the prompt, the identifier and all questions of the edit. The prompts of
+    the other parts end with "(part 2)", "(part 3)" and so on. A number is skipped if another edit already has the
+    prompt with this number. A warning gives the number of edits that were split.
 
     ``EditDataModule`` and the command ``sft`` call this function for documents, with the context length of the model.
 
@@ -40,7 +41,7 @@ def split_documents(
         prompt_format: the prompt format of the training: "plain", "chat", "question" or a ``ChatFormat``.
 
     Raises:
-        EditError: ``max_length`` is not larger than the number of tokens of a prompt.
+        EditError: ``max_length`` is too small for a prompt and one token of its target.
 
     Example:
         >>> from kedit_train import Edit, EditDataset, world
@@ -69,7 +70,7 @@ def split_documents(
 
 
 def _parts(edit: Edit, tokenizer: Any, max_length: int, prompt_format: PromptFormat, used: set[str]) -> Iterator[Edit]:
-    """Yield the parts of an edit, and add their prompts to ``used``, the set of all prompts of the run."""
+    """Yield the parts of an edit, and add their prompts to ``used``."""
     end = tokenizer.eos_token_id is not None
 
     def length(prompt: str, target: str) -> int:
@@ -106,15 +107,15 @@ def _prompts(prompt: str, parts: int, used: set[str]) -> list[str]:
 
 
 def _numbered(prompt: str, number: int) -> str:
-    """Add the number of a part at the end of a prompt, but before the white space with which the prompt ends."""
+    """Add a part number to a prompt, before its trailing white space."""
     text = prompt.rstrip()
     return f"{text} (part {number}){prompt[len(text) :]}"
 
 
 def _units(tokenizer: Any, text: str, room: int, ends: Sequence[re.Pattern[str]]) -> Iterator[tuple[str, int]]:
-    """Yield consecutive pieces of a text and their lengths in tokens.
+    """Split a text into pieces, and yield each piece with its number of tokens.
 
-    A piece has more than ``room`` tokens only if it cannot be split further.
+    A piece has at most ``room`` tokens, unless it is a single character.
     """
     at = 0
     for stop in [*(match.end() for match in ends[0].finditer(text)), len(text)]:
@@ -127,7 +128,7 @@ def _units(tokenizer: Any, text: str, room: int, ends: Sequence[re.Pattern[str]]
 
 
 def _packed(units: Iterator[tuple[str, int]], room: int) -> Iterator[str]:
-    """Join consecutive pieces to texts of at most ``room`` tokens."""
+    """Join consecutive pieces into texts of at most ``room`` tokens."""
     text, used = "", 0
     for piece, length in units:
         if text and used + length > room:

@@ -36,8 +36,9 @@ class TrainerDatasets(Sequence[Edit]):
         ``SFTTrainer`` renders with the chat template of its tokenizer.
 
         ``SFTTrainer`` (trl 1.16) appends end-of-text to every plain completion, even if the unedited model never writes
-        end-of-text after a completion. To avoid this, use :meth:`to_tokens` with its argument ``append_eos``.
-        ``docs/data.md`` lists all differences between the tokens of ``SFTTrainer`` and those of :meth:`encode`.
+        end-of-text after a completion. To avoid this, use :meth:`to_tokens`. Its argument ``append_eos`` sets whether
+        end-of-text is appended. ``docs/data.md`` lists all differences between the tokens of ``SFTTrainer`` and those
+        of :meth:`encode`.
 
         Args:
             prompt_format: "plain", "chat", "question" or a ``ChatFormat`` with ``thinking=False``.
@@ -56,10 +57,15 @@ class TrainerDatasets(Sequence[Edit]):
     def to_privileged_context(self, *, prompt_format: PromptFormat = "plain") -> datasets.Dataset:
         """Convert the edits to a dataset with the columns ``prompt`` and ``privileged_context``, for ``SDFTTrainer``.
 
-        ``privileged_context`` is a sentence with the new fact, which only the teacher reads. By default, TRL's
-        ``SDFTTrainer`` puts this sentence after the prompt. A plain prompt is an incomplete sentence, so the new fact
-        must come before it. For plain prompts, set ``teacher_prompt_template="{privileged_context} {prompt}"`` in
-        ``SDFTConfig``. ``DistillationTrainer``, ``GRPOTrainer`` and ``RLOOTrainer`` read only the column ``prompt``.
+        ``privileged_context`` is a sentence that states the new fact. In the training, only the teacher reads this
+        sentence, and the trained model learns the predictions of the teacher.
+
+        By default, TRL's ``SDFTTrainer`` puts the sentence after the prompt. A plain prompt is an incomplete sentence,
+        so the new fact must come before it. For plain prompts, set
+        ``teacher_prompt_template="{privileged_context} {prompt}"`` in ``SDFTConfig``.
+
+        ``DistillationTrainer`` reads only the column ``prompt``. ``GRPOTrainer`` and ``RLOOTrainer`` generate from
+        ``prompt`` and pass all columns to the reward functions.
 
         Args:
             prompt_format: "plain", "chat", "question" or a ``ChatFormat`` with ``thinking=False``. In a chat, the
@@ -151,15 +157,7 @@ def privileged_context_rows(edits: Iterable[Edit], prompt_format: PromptFormat) 
 
 
 def _chat_without_thinking(prompt_format: PromptFormat, reason: str) -> ChatFormat | None:
-    """Return the chat format, or None for plain text.
-
-    Args:
-        prompt_format: the prompt format.
-        reason: the end of the error message. It says why thinking must be off.
-
-    Raises:
-        EditError: the format is a ``ChatFormat`` with ``thinking=True``.
-    """
+    """Return the chat format, or None for plain text. Raise an error with ``reason`` if thinking is on."""
     chat = chat_format(prompt_format)
     if chat is not None and chat.thinking:
         raise EditError(f"prompt_format must have thinking=False, because {reason}")

@@ -14,13 +14,13 @@ class LengthBuckets(BatchSampler):
     The indices of an epoch are cut into groups, called pools. Each pool is sorted by length and cut into batches. If a
     pool has the size of one batch, nothing is sorted, and the batches are the same as those of ``BatchSampler``.
 
-    A pool contains at most a quarter of the epoch, but at least one batch. Without this limit, a short epoch could be a
-    single pool, and each batch would contain the same edits in every epoch. Breadth-first training (arXiv 2509.22072)
-    needs different batches in each epoch.
+    An epoch with at least four batches has at least four pools. In a shorter epoch, every batch is a pool. If a short
+    epoch were a single pool, each batch would contain the same edits in every epoch. Breadth-first training (arXiv
+    2509.22072) needs different batches in each epoch.
 
     The first three arguments are those of ``BatchSampler``, so Lightning can insert a distributed sampler. Create the
-    batch sampler inside the ``train_dataloader`` hook, as ``EditDataModule`` does, because Lightning refuses a batch
-    sampler that was created before the call of this hook.
+    ``LengthBuckets`` object inside the ``train_dataloader`` hook, as ``EditDataModule`` does. Lightning does not accept
+    an object that was created earlier.
 
     Args:
         sampler: yields the indices of the edits, in a new order in each epoch.

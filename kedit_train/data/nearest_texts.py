@@ -1,4 +1,4 @@
-"""Choose the texts whose predictions an edit is most likely to change."""
+"""Choose texts on which an edit is most likely to change the predictions of the model."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ WORD = re.compile(r"\w+")
 
 
 def nearest_texts(texts: Sequence[str], edits: Sequence[Edit], n: int) -> list[str]:
-    """Return the ``n`` texts nearest to each edit, without duplicates, in the order of ``texts``.
+    """Choose the ``n`` nearest texts for each edit. Return each chosen text once, in the order of ``texts``.
 
     An edit mostly affects prompts that have a similar wording and the same old answer, but another subject. The
     neighborhood prompts of CounterFact are such prompts. Therefore, the texts are ranked by two criteria:
 
     1. Texts that contain the old answer of the edit (as whole words) are nearer than all other texts.
-    2. If two texts are equal in this, the text with more words of the prompt is nearer. Words of the subject are not
-       counted.
+    2. If both texts contain the old answer, or neither does, the text with more words of the prompt is nearer. Words of
+       the subject are not counted.
 
-    If two texts are equally near, the text that is earlier in ``texts`` is taken.
+    If two texts are equally near by both criteria, the earlier text in ``texts`` is chosen.
 
     A text that contains the subject and the old answer of an edit states the fact that the edit changes. Such a text is
     never returned. Letter case is ignored. In scripts without spaces, pairs of characters are compared instead of

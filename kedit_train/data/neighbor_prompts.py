@@ -19,15 +19,15 @@ _CHARACTERS = 3
 
 
 def neighbor_prompts(edits: Sequence[Edit], texts: Sequence[str], n: int, *, seed: int = 0) -> list[str]:
-    """Return up to ``n`` prompts per edit: the prompt of the edit with a name from the texts in place of its subject.
+    """Replace the subject in the prompt of each edit by random names, and return up to ``n`` new prompts per edit.
 
     An edit mostly affects prompts with the same wording and another subject, such as the neighborhood prompts of
-    CounterFact. The prompts need not be sensible. :func:`names_in` defines what a name is. A name is not used if it
-    shares a word with the subject or is the subject of another edit.
+    CounterFact. The new prompts need not be sensible.
 
-    Scripts without capital letters have no names. If there are fewer than ``n`` names, random parts of the texts
-    replace the missing names. Each part has as many words as the subject. In scripts without spaces, each part has a
-    few characters.
+    The names are taken from the texts (see :func:`names_in`). A name is not used if it shares a word with the subject
+    or is the subject of another edit. If fewer than ``n`` names are found, for example in a script without capital
+    letters, random parts of the texts are used as well. Each part has as many words as the subject. In scripts without
+    spaces, each part has a few characters.
 
     The subject is searched for as whole words, and letter case is ignored. Edits without a subject, and edits whose
     prompt does not contain their subject, get no prompts. A result is left out if it contains the prompt or a rephrase
@@ -77,19 +77,19 @@ def has_subject(edit: Edit) -> bool:
 
 
 def subject_spans(edit: Edit) -> list[tuple[int, int]]:
-    """Return where each occurrence of the subject begins and ends in the prompt of an edit, in characters."""
+    """Return the start and end (in characters) of each occurrence of the subject in the prompt of an edit."""
     subject = _subject_in(edit)
     return [match.span() for match in subject.finditer(edit.prompt)] if subject else []
 
 
 def names_in(texts: Sequence[Sequence[str]]) -> list[str]:
-    """Return the different names in texts, in alphabetical order.
+    """Return all names that occur in the texts, each once, in alphabetical order.
 
     A name is a sequence of words that begin with a capital letter. The first word of a sentence is never part of a
     name, because every sentence begins with a capital letter. Punctuation ends a name.
 
     Args:
-        texts: the words of each text.
+        texts: one list of words per text.
 
     Example:
         >>> names_in(["The poet Ann Lee, born in Oslo. Later she left.".split()])
@@ -131,10 +131,7 @@ def _subject_in(edit: Edit) -> re.Pattern[str] | None:
 
 
 def _spans(subject: str, texts: Sequence[Sequence[str]], n: int, generator: random.Random) -> list[str]:
-    """Return ``n`` random parts of the texts, or fewer if texts are too short.
-
-    Each part has as many words as the subject. In scripts without spaces, each part has a few characters.
-    """
+    """Return up to ``n`` random parts of the texts, about as long as the subject."""
     spans = []
     for _ in range(n if texts else 0):
         words = generator.choice(texts)

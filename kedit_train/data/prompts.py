@@ -36,7 +36,7 @@ THINK, END_THINK = "<think>", "</think>"
 
 
 def is_question(prompt: str) -> bool:
-    """Return whether a prompt is a question. Any other prompt is an incomplete sentence."""
+    """Return whether a prompt ends with a question mark. All other prompts are treated as incomplete sentences."""
     return prompt.rstrip().endswith(_QUESTION_MARKS)
 
 
@@ -54,8 +54,9 @@ def as_completion(prompt: str) -> str:
 def switch_format(prompt: str, prompt_format: PromptFormat) -> str:
     """Turn an incomplete sentence into a question, and a question into an incomplete sentence.
 
-    With ``prompt_format="question"``, all prompts of the training are framed as questions. The result is then always an
-    incomplete sentence. A prompt that is already an incomplete sentence is returned unchanged.
+    With ``prompt_format="question"``, all prompts of the training are framed as questions. For this format, the
+    function always returns an incomplete sentence: it turns a question into an incomplete sentence, and returns any
+    other prompt unchanged.
     """
     to_completion = prompt_format == "question" or is_question(prompt)
     return as_completion(prompt) if to_completion else as_question(prompt)
@@ -67,10 +68,9 @@ class _Frame:
 
     Args:
         generation: the text from which the model generates.
-        prompt: the text before the answer in training. If the model thinks before it answers, this text is
-            ``generation`` and an empty thinking block. Otherwise, it is equal to ``generation``.
-        space: the spaces in front of the answer, or None if the prompt and the target determine them
-            (:func:`separator`).
+        prompt: the text before the answer in training. It is equal to ``generation`` if the model does not think. If
+            the model thinks before it answers, an empty thinking block is added after ``generation``.
+        space: the spaces in front of the answer. None means that :func:`separator` decides.
         after: the text that the template puts after the answer.
     """
 

@@ -25,8 +25,8 @@ SPACELESS = re.compile(
 class Encoded:
     """A tokenized edit.
 
-    The position of the target is recorded during tokenization. The labels are set by this position, not by comparing
-    ids with the padding token, so the padding token may be the end-of-text token.
+    :func:`collate` uses ``target_start`` to set the labels. It does not search for padding tokens, so the padding token
+    may be the same as the end-of-text token.
 
     Args:
         input_ids: the token ids of prompt and target.
@@ -47,9 +47,10 @@ def shorten(text: str, width: int = 60) -> str:
 def separator(prompt: str, target: str) -> str:
     """Return the text to put between prompt and target: a space or nothing.
 
-    The result is a space, except in two cases. If the last character of the prompt or the first character of the target
-    is white space, the result is empty. If one of these two characters belongs to a script without spaces between words
-    (Chinese, Japanese, Thai and others), the result is empty too.
+    The result is a space, unless the prompt ends or the target begins with one of these characters:
+
+    - white space
+    - a character of a script without spaces between words (Chinese, Japanese, Thai and others)
     """
     if not prompt or not target or prompt[-1].isspace() or target[0].isspace():
         return ""
@@ -69,11 +70,11 @@ def token_ids(tokenizer: Any, text: str, *, special: bool) -> list[int]:
 
 
 def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
-    """Return the token ids of a prompt, from which a model generates.
+    """Return the token ids of a prompt that a model will continue.
 
-    The ids begin with begin-of-text if the tokenizer adds this token. An end-of-text token that the tokenizer appends
-    (``add_eos_token=True``) is removed, because otherwise the text would end before the answer. An end-of-text token
-    that is written in the prompt is kept.
+    If the tokenizer adds a begin-of-text token, the ids begin with this token. If the tokenizer appends an end-of-text
+    token (``add_eos_token=True``), this function removes it, because otherwise the text would end before the answer.
+    An end-of-text token that you wrote into the prompt is kept.
 
     Raises:
         EditError: the prompt has no tokens.
@@ -100,8 +101,9 @@ def encode_continuation(tokenizer: Any, text: str) -> list[int]:
     """Return the token ids of ``text`` as the continuation of another text.
 
     Some tokenizers (Llama 2) put a space before every text that they tokenize. A continuation must not get this space.
-    So another character is put in front of ``text``, and the tokens of this character are removed afterwards. The
-    character is chosen so that no token contains both the character and the beginning of ``text``.
+    So this function puts a character in front of ``text`` and tokenizes both together. The space is then in front of
+    the character. At the end, the function removes the tokens of the space and the character. It chooses a character
+    that shares no token with ``text``.
     """
     for character in ("\n", "?", "a"):
         head = token_ids(tokenizer, character, special=False)
@@ -136,8 +138,8 @@ def encode_edit(
         where: the name of the edit in error messages, for example ``"facts.json, edit 3 (id 17758)"``.
 
     Raises:
-        EditError: the edit is too long; the tokenizer has no end-of-text token; the target has no tokens, or has
-            characters that the tokenizer cannot encode.
+        EditError: the edit is too long; the prompt or the target has no tokens; the target has characters that the
+            tokenizer cannot encode; ``append_eos`` is True, but the tokenizer has no end-of-text token.
     """
     beginning = f"{where}: " if where else ""
     if append_eos and tokenizer.eos_token_id is None:
@@ -163,12 +165,12 @@ def encode_pair(
     max_length: int | None,
     where: str,
 ) -> Encoded:
-    """Tokenize a prompt together with its target, as in :func:`encode_edit`. The prompt format is already applied.
+    """Tokenize a prompt together with its target, as in :func:`encode_edit`.
 
     Args:
         tokenizer: a tokenizer of ``transformers``.
-        prompt: the text that the model reads before it answers.
-        space: the text between prompt and target, for example a space. It is trained as the beginning of the answer.
+        prompt: the text that the model reads before it answers, including the chat template if there is one.
+        space: the text between prompt and target, for example a space. The model learns it as a part of the answer.
         target: the target of the edit.
         end: the id of the token that ends an answer. This token is appended, unless the target already ends with it.
             With None, no token is appended.
@@ -210,7 +212,7 @@ def encode_pair(
 
 
 def pad_token_id(tokenizer: Any) -> int:
-    """Return the id of the padding token, or of end-of-text if the tokenizer has no padding token.
+    """Return the id of the padding token. If the tokenizer has none, return the id of the end-of-text token.
 
     Raises:
         EditError: the tokenizer has neither of these tokens.
@@ -227,7 +229,7 @@ def collate(encoded: Sequence[Encoded], *, pad_id: int, padding_side: str = "rig
     :class:`~kedit_train.data.EditCollator` is the public interface of this function.
 
     Args:
-        encoded: [batch] edits.
+        encoded: the tokenized edits, [batch].
         pad_id: the id of the padding token, which may be the end-of-text token.
         padding_side: "right" or "left". Models with absolute positions (GPT-2) also need
             ``position_ids(batch["attention_mask"])`` for padding on the left.

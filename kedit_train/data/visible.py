@@ -1,4 +1,4 @@
-"""Check whether a text contains a visible character, and normalize texts to find out whether they look alike."""
+"""Find visible characters in texts, and normalize texts before they are compared."""
 
 from __future__ import annotations
 

@@ -26,8 +26,8 @@ def patch_checkpoint(changes: Mapping[str, Change], folder: Path, out: Path, to:
 
     All tensors that will change are checked before the first byte is written. Each shard is copied as a file, and only
     the changed values are overwritten in the copy. So the header, the order of the tensors and all unchanged tensors
-    stay identical, byte for byte. Configuration and tokenizer files are copied. Subfolders are not copied,
-    and neither are weight files that the checkpoint does not use. The folder ``out`` appears only when it is complete.
+    stay identical, byte for byte. Configuration and tokenizer files are copied. Two things are not copied: subfolders,
+    and weight files that the checkpoint does not use. The folder ``out`` appears only when it is complete.
 
     Args:
         changes: the change of each tensor, by name.
@@ -89,15 +89,15 @@ def _jobs(
 
 
 def _other_names(name: str, change: Change, places: Mapping[str, tuple[Path, Span]]) -> list[str]:
-    """Find the name of a tensor in the checkpoint, if the checkpoint has no tensor with the name from the model.
+    """Find a tensor that has another name in the checkpoint than in the model.
 
-    The checkpoints of some vision-language models store ``model.language_model.layers.0.mlp.down_proj.weight`` as
-    ``model.layers.0.mlp.down_proj.weight``. Both names end with ``layers.0.mlp.down_proj.weight``. So this function
-    searches for a tensor whose name has the same end and whose shape is the same. The contents of the tensor are
-    compared later, as for all tensors.
+    For example, some vision-language models have a tensor ``model.language_model.layers.0.mlp.down_proj.weight``. Their
+    checkpoints store it as ``model.layers.0.mlp.down_proj.weight``. Both names end with
+    ``layers.0.mlp.down_proj.weight``. So this function searches the checkpoint for a tensor of the same shape whose
+    name has the same end. The contents of the tensor are compared later, as for all tensors.
 
     Returns:
-        A list with the name that was found. The list is empty if no tensor matches, or if several tensors match.
+        A list with the name in the checkpoint. The list is empty if no tensor matches, or if several tensors match.
     """
     parts = name.split(".")
     numbers = [i for i, part in enumerate(parts) if part.isdigit()]

@@ -151,9 +151,9 @@ def _check_meta(meta: Mapping[str, Any]) -> None:
         )
     if not is_valid(meta.get("edits", {})):
         raise EditError(
-            'the metadata field "edits" must have a hash (a string or None), a count (an integer >= 0) and, '
-            'optionally, "parents" (a list of mappings, each with a hash and a count), got '
-            f"{meta.get('edits', {})!r:.100}; save the delta again"
+            'the metadata field "edits" must have a hash (a string or None) and a count (an integer >= 0), and each '
+            f'item of the optional list "parents" must have both too, got {meta.get("edits", {})!r:.100}; save the '
+            "delta again"
         )
     if not all(type(value) in (int, float) and math.isfinite(value) for value in scores.values()):
         raise EditError(

@@ -134,9 +134,9 @@ class EditDelta:
     def load(cls, path: str | os.PathLike[str]) -> EditDelta:
         """Read a file from :meth:`save`, and verify every byte. The file may be changed or deleted afterwards.
 
-        A file of up to 64 MiB is copied into memory. A larger file is copied to disk, as a temporary file without a
-        name, next to the original or in the folder for temporary files. The tensors of a large file take memory only
-        when they are used. The copy is deleted together with the delta object.
+        A file of up to 64 MiB is copied into memory. A larger file is copied to a temporary file on disk, next to the
+        original or in the folder for temporary files. Tensors in the temporary file take memory only when they are
+        used. The temporary file is deleted together with the delta object.
 
         Raises:
             EditError: the file is not a delta, is damaged, or was changed after it was written.
@@ -149,13 +149,12 @@ class EditDelta:
 
         Args:
             model: a module or a state dict.
-            full: False checks only the tensors that the delta changes. True also checks all other tensors, by the
-                fingerprint of the base model.
+            full: False checks only the tensors that the delta changes. True checks all tensors of the model.
 
         Raises:
             EditError: the model is neither the base model nor the edited model, is partly edited, or has other shapes
-                or dtypes. The error is also raised if the model ties a changed tensor to a second tensor, but the base
-                model has two separate tensors.
+                or dtypes. The error is also raised if two tensors are tied in ``model`` but separate in the base
+                model, and the delta changes one of them.
         """
         targets = self._targets(model)
         state: State = "base"
@@ -236,10 +235,11 @@ class EditDelta:
         return self.changes[name].difference()
 
     def norms(self) -> dict[str, dict[str, float | None]]:
-        """Return two Frobenius norms per tensor: of its change ("change") and of its old values ("before").
+        """Return two Frobenius norms for each changed tensor, "change" and "before".
 
-        "before" is None if the delta stores only some of the old values. Tensors without floating-point numbers are
-        left out. Tensors whose change has an infinite or NaN norm are also left out.
+        "change" is the norm of ``edited - base``. "before" is the norm of the base tensor, or None if the delta stores
+        only a part of the base tensor. Tensors without floating-point numbers are left out. Tensors whose change has
+        an infinite or NaN norm are also left out.
         """
         norms = {name: change.norms() for name, change in self.changes.items() if change.dtype.is_floating_point}
         return {name: values for name, values in norms.items() if math.isfinite(values["change"] or 0.0)}

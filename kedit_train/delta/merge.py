@@ -37,9 +37,9 @@ def merge(
         deltas: at least one delta or task vector.
         weights: the factor of each delta. Default: 1 for each.
         method: ``linear`` returns the weighted sum. ``ties`` merges each tensor in three steps. First, it keeps the
-            entries of each delta with the largest magnitudes. Then it picks a sign for each entry: the sign of the sum
-            of the kept values, without ``weights``. Last, it multiplies the kept values by ``weights`` and averages
-            those that had this sign before the multiplication.
+            largest entries of each delta (by absolute value). Then it adds up the kept values of all deltas, entry by
+            entry and without ``weights``, and drops the values whose sign differs from the sign of the sum. Last, it
+            multiplies each remaining value by the weight of its delta, and averages the products.
             ``dare`` keeps entries at random, divides the kept entries by ``density``, and returns the weighted sum.
         density: fraction of the entries that ``ties`` and ``dare`` keep, in (0, 1]. ``linear`` ignores it.
         seed: seed of the random draw of ``dare``.
@@ -95,8 +95,8 @@ def sparsify(delta: Any, *, density: float = 0.4) -> TaskVector[EditDelta]:
 
     Args:
         delta: a delta or a task vector.
-        density: fraction of the entries of each tensor to keep, in (0, 1]. If an edit changes an entry that was 0, the
-            relative change of this entry is infinite. Such an entry takes precedence over all entries that were not 0.
+        density: fraction of the entries of each tensor to keep, in (0, 1]. A changed entry with the base value 0 has an
+            infinite relative change. Such entries are kept first.
 
     Raises:
         EditError: ``density`` is out of range.

@@ -1,4 +1,4 @@
-"""Refuse quantized weights, because their delta could not be applied to a checkpoint of the base model."""
+"""Refuse a run that changes quantized weights. Its delta could not be applied to a checkpoint of the base model."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ def check_not_quantized(model: nn.Module, weights: Weights, scope: Mapping[str, 
     Args:
         model: the model before the edit.
         weights: the weights of this model.
-        scope: the parameters that the run trains. If they belong to a PEFT adapter, the run changes the weights that
-            the adapter adapts.
+        scope: the parameters that the run trains. If the run trains a PEFT adapter, it changes the weights into which
+            the adapter can be merged.
 
     Raises:
-        EditError: a parameter in ``scope`` or a weight that a trained adapter adapts is quantized.
+        EditError: the run changes a quantized weight.
     """
     trained = {id(parameter) for parameter in scope.values()}
     tensors = {id(tensor): tensor for tensor in named_tensors(model).values()}

@@ -19,9 +19,9 @@ COEFFICIENTS = tuple(round(0.1 * i, 2) for i in range(1, 11))
 
 @dataclass(frozen=True)
 class SweepPoint:
-    """The scores of one model of a sweep: the base model, to which ``coefficient`` times the delta was added.
+    """The scores of one model of a sweep.
 
-    Coefficient 0 is the base model without a change.
+    The model is the base model plus ``coefficient`` times the delta. Coefficient 0 is the unchanged base model.
     """
 
     coefficient: float
@@ -36,7 +36,7 @@ class Sweep:
     Args:
         points: one point per coefficient, in ascending order, including the base model (coefficient 0).
         best: the point that :func:`sweep` picked.
-        delta: ``best.coefficient`` times the swept delta, ready to apply and to save.
+        delta: ``best.coefficient`` times the delta that was passed to :func:`sweep`, ready to apply and to save.
         rule: a short description of how ``best`` was picked.
     """
 
@@ -56,12 +56,15 @@ def sweep(
 ) -> Sweep:
     """Score the model with several multiples of a delta, and pick one coefficient.
 
-    Each coefficient gives a model: the base model plus the coefficient times the delta. A fixed rule picks one model.
-    First, models with a locality below ``keep_locality`` times the locality of the base model are excluded. Then, the
-    model with the highest reliability is picked. If several models have the same reliability, the coefficient nearest
-    to 0 is picked. If no remaining model is more reliable than the base model, an error is raised. The paper (see
-    References) uses this rule to make a model forget a task. There, the model must keep 95 % of its accuracy on a
-    control task.
+    Each coefficient gives a model: the base model plus the coefficient times the delta. A fixed rule picks one model:
+
+    1. A model is excluded if its locality is less than ``keep_locality`` times the locality of the base model.
+    2. Of the other models, the one with the highest reliability is picked. If several models have this reliability, the
+       one with the coefficient nearest to 0 is picked.
+    3. If the picked model is not more reliable than the base model, an error is raised.
+
+    The paper under "References" uses this rule to make a model forget a task. In the paper, the model must keep 95 % of
+    its accuracy on a control task.
 
     The coefficient is picked on the questions that ``score`` uses. Report final results on other questions.
 

@@ -19,11 +19,13 @@ D = TypeVar("D")
 
 @dataclass(frozen=True)
 class BaseTensor:
-    """A tensor of the base model in a task vector. Only the values that the deltas store are known.
+    """A tensor of the base model in a task vector.
+
+    A task vector is made from deltas, which may store only some values of a tensor. All other values are unknown.
 
     Args:
-        values: the whole tensor, with zeros where no delta stores the value.
-        known: bool mask of the same shape. True where a delta stores the value.
+        values: the whole tensor. Unknown values are 0.
+        known: bool mask of the same shape, True where the value is known.
         hash: SHA-256 of the whole tensor in the base model.
         tied: other names of the same tensor.
     """
@@ -41,11 +43,11 @@ class TaskVector(Generic[D]):
     All edits start from the same base model. Arithmetic on an :class:`~kedit_train.EditDelta` (``a + b``, ``-a``,
     ``0.5 * a``) and :func:`~kedit_train.delta.merge` return a task vector. To apply a task vector, convert it with
     :meth:`delta`. This method computes ``base + difference``, rounds the sum once to the dtype of the base model, and
-    records the bits before and after the edit. The resulting delta therefore applies and reverts exactly. The
-    conversion needs no model, because a task vector contains the base values of the weights that its deltas changed.
+    stores the values before and after the edit. So the resulting delta can be applied and reverted bit for bit. The
+    conversion needs no model, because a task vector also stores the base values of all changed weights.
 
-    ``1.0 * a`` is equal to ``a`` only up to rounding: in fp32, the last bit of ``base + (edited - base)`` can differ
-    from the last bit of ``edited``.
+    ``1.0 * a`` may differ from ``a`` by rounding: in fp32, the last bits of ``base + (edited - base)`` and ``edited``
+    can be different.
 
     Args:
         differences: dict from tensor name to the difference of the whole tensor, in fp32 (fp64 for fp64 weights).
@@ -55,9 +57,8 @@ class TaskVector(Generic[D]):
         delta_type: function that is called with the changes and ``meta=...``, and returns a delta.
 
     References:
-        "Editing Models with Task Arithmetic", arXiv 2212.04089. ``alpha * a`` interpolates between the
-        base (``alpha = 0``) and the edit (``alpha = 1``): "Robust fine-tuning of zero-shot models" (WiSE-FT), arXiv
-        2109.01903.
+        "Editing Models with Task Arithmetic", arXiv 2212.04089. "Robust fine-tuning of zero-shot models" (WiSE-FT),
+        arXiv 2109.01903, interpolates between the base (``alpha = 0``) and the edit (``alpha = 1``) with ``alpha * a``.
 
     Example:
         >>> import torch
@@ -139,7 +140,7 @@ class TaskVector(Generic[D]):
     def with_differences(self, differences: Mapping[str, Tensor], *others: TaskVector[D]) -> TaskVector[D]:
         """Return a task vector with the given weight differences.
 
-        Its base values and ``parents`` are those of this vector and of ``others`` together.
+        The new vector contains the base values and the ``parents`` of this vector and of all ``others``.
 
         Raises:
             EditError: the vectors have different base models.

@@ -85,12 +85,12 @@ class Change:
         return None
 
     def require(self, expected: Literal["base", "edited"], name: str, whole: Tensor) -> None:
-        """Check that a whole CPU tensor is bit for bit in the expected state.
+        """Check, bit for bit, that a whole CPU tensor has the expected values.
 
-        The state "base" means the values before the edit, and "edited" means the values after the edit.
+        "base" expects the values before the edit, and "edited" expects the values after the edit.
 
         Raises:
-            EditError: the tensor has another shape or dtype, or is not in the expected state.
+            EditError: the tensor has another shape, another dtype or other values.
         """
         if whole.dtype != self.dtype or tuple(whole.shape) != self.shape:
             raise EditError(
@@ -103,7 +103,7 @@ class Change:
             return
         if state is None:
             raise EditError(
-                f"the values of tensor {name} in the model are neither those before the edit nor those after the edit "
+                f"tensor {name} of the model has neither the values before the edit nor the values after the edit "
                 "(compared by SHA-256), so the delta was made for another model or for another version of this model; "
                 "use the model for which the delta was made."
             )
@@ -133,9 +133,10 @@ class Change:
         return changed if self.index is None else self.replaced(self._zeros(wide), changed)
 
     def norms(self) -> dict[str, float | None]:
-        """Return the Frobenius norm of the change ("change") and of the whole tensor before the edit ("before").
+        """Return two Frobenius norms, "change" and "before".
 
-        "before" is None if only a part of the values is stored.
+        "change" is the norm of ``after - before``. "before" is the norm of the whole tensor before the edit, or None if
+        only a part of its values is stored.
         """
         moved = self.after.double() - self.before.double()
         return {
@@ -144,7 +145,7 @@ class Change:
         }
 
     def partial_base(self) -> tuple[Tensor, Tensor]:
-        """Return the tensor before the edit (0 where its value is unknown), and a bool mask of the known entries."""
+        """Return the whole tensor before the edit, with 0 for unknown values, and a bool mask of the known values."""
         known = self.replaced(self._zeros(torch.bool), torch.ones_like(self.before, dtype=torch.bool))
         return self.replaced(self._zeros(self.dtype), self.before), known
 
@@ -190,10 +191,7 @@ class Change:
             ) from error
 
     def _cost(self) -> int:
-        """Return the size in bytes that a change with this layout and ``index`` would have in a file.
-
-        ``before`` and ``after`` must be whole tensors. Only their values at the positions of ``index`` are counted.
-        """
+        """Return the file size of this layout in bytes. ``before`` and ``after`` must be whole tensors."""
         size = self.before.numel()
         if self.index is None:
             return 2 * size * self.before.element_size()
@@ -207,7 +205,7 @@ class Change:
 def change_between(
     base: Tensor, edited: Tensor, base_hash: str, tied: tuple[str, ...] = (), known: Tensor | None = None
 ) -> Change | None:
-    """Return the :class:`Change` between two whole CPU tensors, in the smallest layout; None if they are equal.
+    """Return the :class:`Change` between two whole CPU tensors in the smallest layout, or None if they are equal.
 
     Args:
         base: the tensor before the edit.

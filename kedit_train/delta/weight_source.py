@@ -23,13 +23,13 @@ INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
 class Weights(Mapping[str, Tensor]):
-    """A mapping from names to whole CPU tensors, which are loaded on access. A tied weight appears once.
+    """A mapping from names to full CPU tensors. Each tensor is loaded on access, and a tied weight appears once.
 
     Args:
         readers: for each name, a function that returns the tensor.
         tied: for each name, the other names of the same tensor.
-        made_of: for each name, the ``id()`` of every parameter from which the tensor is computed. It is empty if the
-            weights do not come from a module.
+        made_of: for each name, the ids (``id()``) of the parameters from which the tensor is computed. The dict is
+            empty if the weights do not come from a module.
         about: ``name`` and ``license`` of the model, if known.
     """
 
@@ -94,9 +94,10 @@ def persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
 
 
 def grouped(named: Mapping[str, Tensor]) -> dict[str, tuple[str, ...]]:
-    """Return a dict from the first name of each tensor to a tuple of its other names.
+    """Group the names that refer to the same memory.
 
-    Two names belong to one tensor if they refer to the same memory.
+    Returns:
+        A dict with one item per tensor: its first name as the key, and a tuple of its other names as the value.
     """
     firsts: dict[Any, str] = {}
     groups: dict[str, tuple[str, ...]] = {}
@@ -177,7 +178,7 @@ def _merged(base: nn.Module, named: dict[str, Tensor], readers: Any, made_of: An
 
 
 def _merge(layer: Any, name: str) -> Tensor:
-    """Return a parameter as it is after merging the layer's active adapters. The layer itself stays unchanged."""
+    """Return a parameter with the layer's active adapters merged into it. The layer itself stays unchanged."""
     plain = layer.get_base_layer().get_parameter(name)
     merged = copy.deepcopy(layer)
     merged.merge()
@@ -212,7 +213,10 @@ def _folder_weights(folder: Path) -> Weights:
 
 
 def shards_of(folder: Path) -> dict[Path, dict[str, Span]]:
-    """Return a dict from each weight file of a checkpoint to a dict from tensor name to position in this file.
+    """Read where each tensor of a checkpoint is stored.
+
+    Returns:
+        For each weight file, a dict from the names of its tensors to their positions in the file.
 
     Raises:
         EditError: the folder is not a safetensors checkpoint, or its index does not match the weight files (shards).

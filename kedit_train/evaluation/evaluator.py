@@ -65,9 +65,8 @@ def evaluate(
     - teacher-forced: the fraction of the preferred answer's tokens that the model ranks first when it reads all earlier
       tokens of this answer.
 
-    With the protocol "exact", which is usually the default, a probe needs only one forward pass if the model gives the
-    preferred answer. If it gives another answer, or if the probe has no accepted answer, the model must also generate
-    tokens one by one.
+    With the protocol "exact" (usually the default), a probe needs only one forward pass if the model gives the
+    preferred answer. For all other probes, the model must also generate tokens one by one.
 
     Evaluate the unedited model first, and pass the resulting report as ``unedited``. Locality is then the fraction of
     answers that equal the unedited model's answer, and the report shows both models. Without ``unedited``, locality is
@@ -90,13 +89,13 @@ def evaluate(
 
     Returns:
         A :class:`~kedit_train.evaluation.Report`. A metric without probes has the value None. A probe without an
-        accepted answer is scored only for locality, and only if ``unedited`` is given. ``meta["unscored"]`` counts
-        the probes that are not scored, per metric.
+        accepted answer gets no score. If ``unedited`` is given, locality probes need no accepted answer, and all of
+        them are scored. ``meta["unscored"]`` counts the probes without a score, per metric.
 
     Raises:
-        EditError: there are no edits, a prompt is longer than the model's context, or the logits are NaN (the message
-            names the edit). The error is also raised if ``unedited`` was made with other edits or options, or if
-            ``judge`` is given with another protocol than "exact".
+        EditError: there are no edits, a prompt is longer than the model's context, or the logits are NaN. The error is
+            also raised if ``unedited`` was made with other edits or options, or if ``judge`` is given with a protocol
+            other than "exact".
 
     References:
         Yang et al., "The Mirage of Model Editing: Revisiting Evaluation in the Wild", arXiv 2502.11177.
@@ -212,10 +211,7 @@ class _Evaluation:
         )
 
     def _retrieval(self, edits: Mapping[str, Edit], results: Sequence[ProbeResult]) -> dict[str, list[ProbeResult]]:
-        """Return a dict from the name of an edit to the results of its prompts with the new fact in front of them.
-
-        This retrieval baseline is measured only on the unedited model. For the edited model, the dict is empty.
-        """
+        """Return the results of the retrieval baseline by edit name. For the edited model, the dict is empty."""
         by_edit: dict[str, list[ProbeResult]] = {}
         if "retrieval" not in self.options.extra_metrics or self.unedited is not None:
             return by_edit
@@ -227,11 +223,10 @@ class _Evaluation:
         return by_edit
 
     def _add_divergences(self, results: list[ProbeResult], answers: Mapping[str, Answer]) -> list[ProbeResult]:
-        """Set ``kl``, the KL divergence from the unedited model, in the results of the locality probes.
+        """If the metric "kl" is requested, add the KL divergence from the unedited model to the locality results.
 
-        Without the metric "kl", the results are returned unchanged. If ``unedited`` is None, the evaluated model is the
-        unedited model. The results are then returned unchanged, and the model's next-token distributions are recorded,
-        so that the edited model can be compared with them later.
+        For the unedited model itself, record its next-token distributions instead. The edited model is compared with
+        them later.
         """
         if "kl" not in self.options.extra_metrics:
             return results
@@ -249,7 +244,7 @@ class _Evaluation:
         """Return a dict with the scores on the texts in ``options.prose``.
 
         The value of "perplexity" is the perplexity of these texts. The value of "prose" is a dict of scores that
-        compare the model with the unedited model. It is empty if there is no report on the unedited model.
+        compare the model with the unedited model. This dict is empty if there is no report on the unedited model.
         """
         options = self.options
         if options.prose is None:
@@ -318,15 +313,15 @@ def _protocols(
 
     Raises:
         EditError: a judge is given, but ``options.protocol`` is neither "auto" nor "exact". The error is also raised if
-            ``unedited`` was made with other protocols than ``options`` or the judge asks for.
+            the protocols of ``unedited`` do not fit ``options`` or the judge.
     """
     given = None if options.protocols is None else Protocols(options.protocols)
     if judge is not exact_match:
         given = given or Protocols(EXACT.names, "judge is given")
         if given.names != EXACT.names:
             raise EditError(
-                f'judge needs protocol="exact", because a judge compares whole answers, but got protocol="{given}"; '
-                'remove judge, or set EvaluationOptions(protocol="exact").'
+                f'judge needs protocol="exact", got protocol="{given}"; a judge compares whole answers. '
+                'Remove judge, or set EvaluationOptions(protocol="exact").'
             )
     if unedited is None:
         if given is not None:

@@ -41,30 +41,30 @@ class EvaluationOptions:
     Args:
         metrics: what to measure in addition to reliability, generality, portability and locality: "all", or a list of
 
-            - "prefixes" measures generality after neutral sentences. It needs two more answers per edit.
-            - "format" measures generality with the prompt rewritten as a question or as a completion. It needs one
-              more answer per edit.
+            - "prefixes" measures generality with a neutral sentence in front of the prompt. It needs two more answers
+              per edit.
+            - "format" measures generality with the prompt in another form: an incomplete sentence becomes a question,
+              and a question becomes an incomplete sentence. It needs one more answer per edit.
             - "kl" measures the KL divergence from the unedited model on the locality prompts. It needs one more
               forward pass per prompt, and 12 KiB of memory per token.
             - "resurgence" measures whether the old answer comes back when the prompt denies it or offers it as a
               choice. It needs three more answers per edit.
             - "fluency" measures entropy and repetition of a longer continuation of each edit's prompt. It costs as
               much as all other metrics together.
-            - "retrieval" measures a baseline: the unedited model answers all prompts with the new fact in front of
-              them. It doubles the cost of the unedited model's evaluation.
-            - "overlap" measures how much of the whole target the model generates (ROUGE-L), after the prompt and after
-              its rephrases. It is meant for targets of several sentences, such as documents. It needs one more answer
-              per prompt, as long as the target.
+            - "retrieval" measures a baseline: the unedited model answers all prompts, with the new fact written in
+              front of each prompt. It doubles the cost of the unedited model's evaluation.
+            - "overlap" compares the generated text with the whole target (ROUGE-L), for the prompt and its rephrases.
+              It is meant for targets of several sentences, such as documents. For each prompt, it needs one more
+              answer, which is as long as the target.
         protocol: how answers are judged: "leading", "exact", "contains", "wild", "teacher_forced" or "probability", or
             a list of them. :mod:`kedit_train.evaluation.scoring.protocols` explains each protocol. In a list, the
-            first protocol gives the headline scores (the scores that a report shows first). With chat and question
-            prompts, "auto" means "exact". With plain prompts, the unedited model first answers up to 16 of the prompts.
+            first protocol gives the headline scores (the scores that a report shows first). For chat and question
+            prompts, "auto" means "exact". For plain prompts, the unedited model first answers up to 16 of the prompts.
             If at least a quarter of these answers do not end by themselves, "auto" means ["leading", "probability"].
             Otherwise, it means "exact".
         batch_size: prompts per forward pass. The scores do not depend on the batch size.
-        max_new_tokens: maximum length of an answer, in tokens, with the protocols "exact", "contains" and "wild". If
-            ``protocol`` contains none of these three, the maximum length is the length of the longest accepted
-            answer plus three tokens.
+        max_new_tokens: maximum length of an answer, in tokens. It is used if ``protocol`` contains "exact", "contains"
+            or "wild". Otherwise, the maximum is the length of the longest accepted answer plus three tokens.
         prose: unrelated texts, as a list of strings, a path, a dataset, or "world" (the bundled texts). Three values
             are measured on the texts: the perplexity, the KL divergence from the unedited model, and the agreement with
             the unedited model. None: not measured.

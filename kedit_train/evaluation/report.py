@@ -43,8 +43,8 @@ class Report(ReportData):
         answers: one :class:`~kedit_train.evaluation.scoring.probe_results.ProbeResult` per evaluation prompt.
         meta: dict with the metadata of the evaluation. It contains the number, the name and the hash of the edits, the
             model, versions, settings, seed, date, and duration in seconds.
-        distributions: dict from prompt or text to the unedited model's next-token distributions. It is empty unless
-            this is the report on the unedited model, made with the metric "kl" or with ``prose``. The distributions are
+        distributions: dict from prompt or text to the unedited model's next-token distributions. Only the report on the
+            unedited model contains them, and only if the metric "kl" or ``prose`` was requested. The distributions are
             kept in memory and not saved.
 
     Example:
@@ -66,8 +66,8 @@ class Report(ReportData):
         """Return the report as Markdown.
 
         Args:
-            answers: maximum number of rows in each of three tables: the edits, the rephrased prompts to which the
-                model does not give the new answer, and the locality prompts whose answers changed.
+            answers: maximum number of rows per table of answers. The three tables show the edits, the rephrased
+                prompts without the new answer, and the locality prompts with a changed answer.
         """
         return render_markdown(self, answers)
 
@@ -75,15 +75,15 @@ class Report(ReportData):
         """Return the report as a complete HTML page, without scripts and without links to other files.
 
         The page contains the scores with their intervals, the answers before and after the edit with the differences
-        marked, and the change of the weights per layer. A notebook shows the same content for a report that is the
-        last expression of a cell.
+        marked, and the change of the weights per layer. If a report is the last expression of a notebook cell, the
+        notebook shows the same content.
 
         Args:
-            answers: maximum number of rows in each of three tables: the edits, the rephrased prompts to which the
-                model does not give the new answer, and the locality prompts whose answers changed.
-            delta: the :class:`~kedit_train.delta.EditDelta` of the edit. The page shows the change of the weights that
-                this delta contains. Default: the change that the evaluation measured, if it was given the weights
-                before the edit.
+            answers: maximum number of rows per table of answers. The three tables show the edits, the rephrased
+                prompts without the new answer, and the locality prompts with a changed answer.
+            delta: the :class:`~kedit_train.delta.EditDelta` of the edit. The page then shows the weight changes in this
+                delta. Without a delta, the page shows the weight changes that the evaluation measured. They are
+                measured only if the evaluation was given the weights before the edit.
         """
         norms = None if delta is None else delta.norms()
         return page(f"{HEADING} {self.meta['data_name']}", render_html(self, answers, norms))
@@ -162,8 +162,8 @@ class Report(ReportData):
 
         Args:
             console: where to print. Default: standard output.
-            answers: maximum number of rows in each of three tables: the edits, the rephrased prompts to which the
-                model does not give the new answer, and the locality prompts whose answers changed.
+            answers: maximum number of rows per table of answers. The three tables show the edits, the rephrased
+                prompts without the new answer, and the locality prompts with a changed answer.
         """
         # Imported here, because training without printing must not need rich.
         from rich.console import Console

@@ -60,7 +60,10 @@ class ReportData:
 
 
 def flatten(metrics: Mapping[str, Any]) -> Iterator[tuple[str, Score]]:
-    """Yield pairs (name for experiment loggers, score) from a nested dict. Scores by token position are left out."""
+    """Yield pairs (name for experiment loggers, score) from the nested dict of metrics.
+
+    "positions" (the scores of the first, second, ... target token) is left out.
+    """
     for question, scores in metrics.items():
         if question == "positions":
             continue

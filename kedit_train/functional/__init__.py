@@ -1,4 +1,4 @@
-"""Pure tensor functions that need no model and no training framework, with one topic per file."""
+"""Pure tensor functions, one topic per file. They need no model and no training framework."""
 
 from kedit_train.functional.chunked_loss import chunk_length, chunked
 from kedit_train.functional.clipping import smoothed_loss

@@ -1,4 +1,4 @@
-"""The running averages of Adam, and a running average of the loss for step sizes that depend on the loss."""
+"""Running averages of the gradients, as in Adam, and of the loss."""
 
 from __future__ import annotations
 
@@ -51,9 +51,9 @@ class AdamAverages:
                 takes the mean over all shards.
 
         Returns:
-            The average loss and the average gradients, with bias correction, and the directions of Adam. A direction is
-            the average gradient divided by the root of the average squared gradient. To make a step, subtract a
-            multiple of the directions from the weights.
+            Three values: the average loss, the average gradient by name, and the direction of Adam by name. All
+            averages are corrected for bias. A direction is the average gradient divided by the root of the average
+            squared gradient. To make a step, subtract a multiple of the directions from the weights.
         """
         self.steps += 1
         self.loss = _BETA1 * self.loss + (1 - _BETA1) * loss

@@ -1,7 +1,7 @@
 """A linear projection whose gradients are summed in fp32 over all chunks of tokens.
 
-Training would be biased if the gradient of each chunk were rounded to half precision before the sum. TRL's fused head
-also sums in fp32. With a half-precision sum, runs would differ from runs of TRL after the first step.
+If the gradient of each chunk were rounded to half precision before the sum, training would be biased. TRL's fused head
+also sums in fp32. With a half-precision sum, the weights would differ from those of TRL after the first step.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ _BLOCK = 2**14
 class GradientSums:
     """Sums of the gradients of given tensors over several backward passes, in fp32 (fp64 for fp64 tensors).
 
-    The gradient of an output head is as large as the head. Only one tensor of this size should be in memory. Therefore,
-    if :func:`linear` is called inside :meth:`collecting`, its backward pass adds the gradient of the weight to the sum
-    in place. Use :meth:`add` for all other gradients.
+    The gradient of an output head is as large as the head, so only one such gradient should be in memory. Call
+    :func:`linear` inside :meth:`collecting`. Its backward pass then adds the gradient of its weight to the sum in
+    place. Pass all other gradients to :meth:`add`.
 
     Args:
         tensors: the trained tensors.
@@ -39,7 +39,7 @@ class GradientSums:
 
     @contextmanager
     def collecting(self) -> Iterator[None]:
-        """Context manager: inside the ``with`` block, :func:`linear` adds the gradient of its weight to these sums."""
+        """Context manager: each :func:`linear` in the ``with`` block adds the gradient of its weight to these sums."""
         token = _COLLECTING.set(self)
         try:
             yield
@@ -47,7 +47,7 @@ class GradientSums:
             _COLLECTING.reset(token)
 
     def of(self, tensor: Tensor) -> Tensor | None:
-        """Return the gradient sum of a tensor, initially zeros; None if the tensor is not one of ``tensors``."""
+        """Return the gradient sum of a tensor (at first zeros), or None if the tensor is not one of ``tensors``."""
         place = self._places.get(id(tensor))
         return None if place is None else self._sum(place)
 
@@ -89,7 +89,8 @@ def linear(
 ) -> Tensor:
     """Project hidden states to logits in ``dtype``, as autocast does.
 
-    The gradients of several chunks are summed in fp32 (in fp64 for fp64 tensors).
+    Inside :meth:`GradientSums.collecting`, the weight gradients of all calls are summed in fp32 (in fp64 for fp64
+    tensors).
 
     Args:
         hidden: [N, d], any float dtype.

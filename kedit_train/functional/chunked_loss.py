@@ -1,8 +1,8 @@
 """Compute losses in chunks of tokens, so that the full logits ``[tokens, vocabulary]`` never exist.
 
-The loss of a token depends on its own hidden state only. Gradients are computed while the logits of a chunk exist.
-Instead of logits, the forward pass keeps the gradient [N, d] of the hidden states, and the sum of the gradients of each
-trained tensor of the head.
+The loss of a token depends only on its own hidden state. Therefore, the gradients of a chunk can be computed before its
+logits are freed. The forward pass does not keep the logits. It keeps the gradient [N, d] of the hidden states, and one
+gradient for each trained tensor of the head, summed over all chunks.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ def chunked(
     By default, the forward pass also computes the gradients, and assumes that the upstream gradient of every loss is
     one. The backward pass then multiplies these gradients by the actual upstream gradients.
 
-    For ``parameters``, only the sum of the gradients over all tokens is stored. The backward pass can scale this sum
-    only if all upstream gradients are equal, as after a sum or a mean of the losses. If the upstream gradients differ,
-    the backward pass computes every chunk a second time. To avoid this, apply token weights inside ``score``.
+    The gradients of ``parameters`` are stored only as sums over all tokens. The backward pass can scale these sums if
+    all upstream gradients are equal, as after a sum or a mean of the losses. If the upstream gradients differ, the
+    backward pass computes every chunk a second time. To avoid this, apply token weights inside ``score``.
 
     Args:
         score: ``(hidden [n, d], *rest [n, ...]) -> (loss [n], *statistics [n])``. The values of a token must not depend
@@ -50,9 +50,8 @@ def chunked(
         chunk: tokens in one chunk.
         parameters: the trained tensors that ``score`` uses. Gradients of fp64 tensors are summed in fp64, gradients of
             all other tensors in fp32.
-        defer: True computes the gradients only in the backward pass, when the upstream gradients are known. The
-            gradient of the logits is then first multiplied by the upstream gradient, and the product is rounded to half
-            precision.
+        defer: if True, the gradients are computed only in the backward pass. There, the gradient of the logits is
+            multiplied by the upstream gradient before it is rounded to half precision. Every chunk is computed twice.
 
     Returns:
         The outputs of ``score`` for all N tokens. The loss is differentiable with respect to ``hidden`` and

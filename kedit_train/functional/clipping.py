@@ -13,11 +13,11 @@ def clipped(divergence: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
 
     Args:
         divergence: [N], in nats.
-        epsilon: the clip (smallest value that is returned) in nats, at least 0.
+        epsilon: the clip in nats, at least 0. Smaller divergences are replaced by this value.
 
     Returns:
         ``max(divergence, epsilon)`` [N], and a bool tensor [N] that is True where the divergence is above ``epsilon``
-        or NaN. With True for NaN, a token with a NaN divergence is not reported as learned.
+        or NaN. So a token with a NaN divergence is not reported as learned.
     """
     active = ~(divergence <= epsilon)
     # clamp(min=epsilon) has a gradient of one where the values are equal, and a clipped token must have no gradient.

@@ -1,9 +1,9 @@
 """Compute per-token losses with a closed-form gradient, in few passes over the logits.
 
-The forward pass keeps a few values per token, and the backward pass writes the gradient of the logits once. Besides the
-logits, the gradient is the only tensor of this size that is kept. On a CPU, both passes work on blocks of rows that fit
-into the CPU cache. Without blocks, each temporary tensor would be as large as the logits, and its allocation would take
-longer than the arithmetic on it.
+The forward pass keeps a few values per token, and the backward pass writes the gradient of the logits once. No other
+tensor as large as the logits is kept. On a CPU, both passes work on blocks of rows that fit into the CPU cache. Without
+blocks, each temporary tensor would be as large as the logits, and the allocations would take longer than the
+arithmetic.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ Gradient = Callable[..., None]
 
 
 def rowwise(value: Value, gradient: Gradient, logits: Tensor, *rows: Tensor) -> tuple[Tensor, ...]:
-    """Compute a loss for each row with the function ``value``, and the gradient of the loss with ``gradient``.
+    """Compute the loss of each row. The caller passes one function for the loss and one for its gradient.
 
     The first output of ``value`` is the loss. All other outputs have no gradient. The rows are processed in blocks.
 
     Args:
-        value: ``(logits, *rows) -> (outputs, kept)``. The values of a row must not depend on other rows. The tensors in
-            ``kept`` are passed to ``gradient``.
-        gradient: ``(out, logits, *rows, *kept)`` writes d loss / d logits into ``out``. The backward pass then
-            multiplies ``out`` by the upstream gradient.
+        value: function ``(logits, *rows) -> (outputs, kept)``. The values of a row must not depend on other rows. The
+            tensors in ``kept`` are passed to ``gradient``.
+        gradient: function ``(out, logits, *rows, *kept)`` that writes the gradient of the loss with respect to the
+            logits into ``out``. The backward pass then multiplies ``out`` by the upstream gradient.
         logits: [N, V], any float dtype. Both functions receive the logits in fp32 (fp64 stays fp64).
         rows: further tensors with N entries (labels, reference logits). They get no gradient.
 

@@ -1,4 +1,4 @@
-"""Dynamic fine-tuning (DFT): each token's cross-entropy multiplied by the model's probability for the token."""
+"""Dynamic fine-tuning (DFT): the cross-entropy of each token is multiplied by the probability of the token."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ def dynamic_cross_entropy(logits: Tensor, labels: Tensor, *, epsilon: float = 0.
     """Compute the DFT loss of each token, with the gradient in closed form.
 
     The loss is the cross-entropy times the probability ``p_y`` of the label. ``p_y`` is treated as a constant, so the
-    gradient of the logits is ``p_y (p - one_hot(y))``. If cross-entropy is interpreted as a policy gradient, a token
-    has the reward ``1 / p_y``, and tokens with a low probability dominate the gradient. With the factor ``p_y``, every
-    token has the same reward.
+    gradient of the logits is ``p_y (p - one_hot(y))``. The factor ``p_y`` has the following reason. The gradient of
+    plain cross-entropy is a policy gradient with the reward ``1 / p_y``, so tokens with a low probability dominate it.
+    With the factor, every token has the same reward.
 
     Args:
         logits: [N, V] at the positions that predict ``labels``, any float dtype. The loss is computed in fp32 (in fp64
             for fp64 logits).
         labels: [N] token ids.
-        epsilon: clip in nats, applied to the cross-entropy before it is multiplied by ``p_y``. 0 is the loss of the
-            paper.
+        epsilon: clip in nats, applied to the cross-entropy before it is multiplied by ``p_y``. The paper does not clip
+            (``epsilon=0``).
 
     Returns:
         The loss [N] in nats, and a bool tensor [N] that is True where the cross-entropy is above ``epsilon``.

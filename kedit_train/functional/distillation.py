@@ -18,15 +18,15 @@ def distillation(
     """Compute the loss of each token: the divergence from a teacher, or the cross-entropy of the label.
 
     The divergence is KL(teacher || model) over k + 1 buckets: the k most probable tokens of the teacher, and all other
-    tokens together. The entropy of the teacher is constant. Therefore, this divergence and the cross-entropy with soft
-    targets have the same gradient.
+    tokens together. Its gradient equals the gradient of cross-entropy with the teacher's probabilities as soft targets,
+    because the two losses differ only by the entropy of the teacher, which is constant.
 
     Args:
         logits: [N, V] at the positions that predict ``labels``, any float dtype. The loss is computed in fp32 (in fp64
             for fp64 logits).
         labels: [N] token ids.
         log_probs: [N, k + 1], the teacher's log-probabilities from
-            :func:`~kedit_train.functional.top_k_divergence.top_log_probs`. Rows with a False in ``taught`` are ignored.
+            :func:`~kedit_train.functional.top_k_divergence.top_log_probs`. Rows where ``taught`` is False are ignored.
         tokens: [N, k] token ids from the same call.
         taught: [N] bool, True where the target is the teacher, and False where the target is the label.
         epsilon: clip in nats. A token with a loss of at most ``epsilon`` has no gradient.

@@ -31,7 +31,9 @@ def kl_divergence(p_logits: Tensor, q_logits: Tensor) -> Tensor:
 
 
 def jensen_shannon(p_logits: Tensor, q_logits: Tensor) -> Tensor:
-    """Return the Jensen-Shannon divergence of each token: the mean of KL(p || m) and KL(q || m), m = (p + q) / 2.
+    """Return the Jensen-Shannon divergence of each token.
+
+    It is the mean of KL(p || m) and KL(q || m), where m = (p + q) / 2.
 
     Args:
         p_logits: [N, V], any float dtype.
@@ -129,7 +131,7 @@ def _kl(p_log: Tensor, q_log: Tensor) -> Tensor:
 
 
 def _tilt(q: Tensor, p: Tensor) -> Tensor:
-    """Return (q - p) / (q + p), called tilt, in [-1, 1]. With m = (p + q) / 2: q / m = 1 + tilt, p / m = 1 - tilt."""
+    """Return ``tilt = (q - p) / (q + p)``. If m is (p + q) / 2, then q / m = 1 + tilt, and p / m = 1 - tilt."""
     return (q - p).div_(q + p).nan_to_num_(nan=0.0)
 
 

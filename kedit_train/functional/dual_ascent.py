@@ -57,9 +57,9 @@ def penalty_weight(log_multiplier: float, violation: float, *, largest: float) -
     """Return the weight of the penalty.
 
     While the value is at or below its target, the weight is the multiplier. While the value is above its target, the
-    weight is the multiplier times the square root of ``value / target``, and the ratio counts as at most e. The
-    multiplier reacts only over many steps and can oscillate. The square root, a proportional term, reacts at once and
-    damps the oscillation.
+    weight is the multiplier times the square root of ``min(value / target, e)``. The multiplier alone would react only
+    over many steps and could oscillate. The square root reacts at once and damps the oscillation, like the proportional
+    term of a PID controller.
 
     Args:
         log_multiplier: logarithm of the multiplier.

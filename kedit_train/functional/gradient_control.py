@@ -17,10 +17,11 @@ from kedit_train.functional.precision import widest
 
 
 def ascend(hidden: Tensor, value: Callable[[Tensor], Tensor], *, step_size: float, steps: int, radius: float) -> Tensor:
-    """Return hidden states after gradient steps on their value: ``h <- h + step_size * gradient of value(h)``.
+    """Move hidden states by gradient ascent on their value: ``h <- h + step_size * gradient of value(h)``.
 
-    After each step, the change of each position is scaled so that its L2 norm is at most ``radius`` times the L2 norm
-    of the unchanged hidden state. This bound also holds for the returned values after rounding.
+    After each step, the total change of each hidden state is scaled down if necessary. Its L2 norm is then at most
+    ``radius`` times the L2 norm of the original hidden state. This bound also holds for the returned values after
+    rounding.
 
     Args:
         hidden: [N, hidden], any float dtype.
@@ -55,7 +56,7 @@ def ascend(hidden: Tensor, value: Callable[[Tensor], Tensor], *, step_size: floa
 
 
 def within_norm(change: Tensor, limit: Tensor) -> Tensor:
-    """Scale each row so that its L2 norm is at most its limit. A row within its limit does not change.
+    """Scale down each row whose L2 norm is above the limit of the row. Other rows do not change.
 
     Args:
         change: [N, hidden] in fp64.
@@ -71,7 +72,7 @@ def within_norm(change: Tensor, limit: Tensor) -> Tensor:
 
 
 def round_inward(start: Tensor, change: Tensor) -> Tensor:
-    """Return ``start + change`` in the dtype of ``start``, where rounding never enlarges the change of an entry.
+    """Return ``start + change`` in the dtype of ``start``. Rounding never makes the change of an entry larger.
 
     Args:
         start: [N, hidden], any float dtype.

@@ -1,4 +1,4 @@
-"""Turn scores into masks that select an exact fraction of the weights, those with the highest scores."""
+"""Turn scores into masks that select the weights with the highest scores."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 def keep_top(scores: Tensor, density: float) -> Tensor:
     """Return a mask of the ``round(density * n)`` highest scores.
 
-    If several scores equal the lowest selected score, the first of these equal scores are selected.
+    Among equal scores, those with a lower index are selected first.
 
     Args:
         scores: any shape, n finite numbers.
@@ -49,7 +49,7 @@ def unit_scores(scores: Tensor, dim: int) -> Tensor:
         dim: the dimension of the weight that has one entry per neuron.
 
     Returns:
-        [number of neurons]. The scores of a vector are returned unchanged.
+        [number of neurons]. If ``scores`` is a vector, it is returned unchanged.
     """
     return scores.movedim(dim, 0).flatten(1).mean(1) if scores.ndim > 1 else scores
 

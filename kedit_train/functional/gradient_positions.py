@@ -1,4 +1,4 @@
-"""Let a linear layer get the gradient of its weight from some positions only."""
+"""Restrict the weight gradient of a linear layer to chosen positions."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from torch import Tensor
 
 
 class _GradientPositions(torch.autograd.Function):
-    """Identity in the forward pass. In the backward pass, only the chosen positions contribute to the weight gradient.
+    """Return the output unchanged, and split the gradient in the backward pass.
 
-    The gradient at the chosen positions flows back through ``output``, to the weight and to the inputs of the layer.
-    The gradient at all other positions flows to the inputs only.
+    At the chosen positions, the gradient flows to the weight and to the inputs of the layer. At all other positions, it
+    flows to the inputs only.
     """
 
     @staticmethod
@@ -33,16 +33,16 @@ class _GradientPositions(torch.autograd.Function):
 
 
 def gradient_positions(output: Tensor, inputs: Tensor, weight: Tensor, chosen: Tensor) -> Tensor:
-    """Return the output of a linear layer so that only the chosen positions contribute to the gradient of its weight.
+    """Restrict the weight gradient of a linear layer to the chosen positions.
 
-    The values of the output do not change. The gradients of the inputs change only by rounding. The gradient of the
-    weight becomes the sum of the outer products of output gradient and input over the chosen positions.
+    Use the returned tensor in place of ``output``. It has the same values. In the backward pass, only the chosen
+    positions contribute to the gradient of the weight. The gradients of the inputs change only by rounding.
 
     Args:
         output: [..., out], the output of the layer for ``inputs``.
         inputs: [..., in].
         weight: [out, in], the weight of the layer.
-        chosen: [...], bool.
+        chosen: [...], bool, True at the chosen positions.
 
     Returns:
         [..., out], equal to ``output`` bit for bit.

@@ -11,10 +11,10 @@ from torch import Tensor
 
 
 def key_distances(states: Tensor, keys: Tensor) -> Tensor:
-    """Return the Euclidean distance of every state to every key.
+    """Return the Euclidean distance between every state and every key.
 
-    The distances are sums of squared differences. A formula with a matrix product would lose the small distances to
-    rounding.
+    The distances are computed from the differences of the entries. The usual formula with a matrix product is not used,
+    because its rounding errors can be larger than small distances.
 
     Args:
         states: [positions, hidden], any floating dtype.
@@ -31,9 +31,10 @@ def key_distances(states: Tensor, keys: Tensor) -> Tensor:
 
 
 def matches(states: Tensor, keys: Tensor, radii: Tensor) -> Tensor:
-    """Return for each state whether its distance to any key is at most the radius of this key.
+    """Return, for each state, whether it matches at least one key.
 
-    Exception: a key with a radius of 0 matches no state, not even a state that equals the key.
+    A state matches a key if their distance is at most the radius of the key. A key with a radius of 0 matches no state,
+    not even a state that equals the key.
 
     Args:
         states: [positions, hidden], any floating dtype.
@@ -52,11 +53,11 @@ def matches(states: Tensor, keys: Tensor, radii: Tensor) -> Tensor:
 
 
 def opened_from(near: Tensor, before: Tensor) -> Tensor:
-    """Return at which positions a gate is open. It opens at the first match of a row and stays open.
+    """Return at which positions the gate of each row is open. A gate opens at the first match and stays open.
 
     Args:
-        near: [rows, positions], bool: whether the position matches a key.
-        before: [rows], bool: whether the gate of the row was already open before the first position.
+        near: [rows, positions], bool, True where a position matches a key.
+        before: [rows], bool, True if the gate of the row was already open before the first position.
 
     Returns:
         [rows, positions], bool.

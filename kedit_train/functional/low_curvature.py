@@ -1,10 +1,12 @@
 """Find the directions of high curvature of a weight from K-FAC factors, and remove them from a change.
 
-The cost of a change D of a weight [out, in] is ``vec(D)ᵀ G vec(D)`` with the Gauss-Newton matrix G. K-FAC approximates
-G by the Kronecker product of A = E[a aᵀ] (inputs) and S = E[g gᵀ] (gradients at the outputs). The eigenvectors of the
-product are pairs u_i v_jᵀ of eigenvectors of S and A, with eigenvalues s_i a_j. The pairs are removed from D
-in the order of their eigenvalues, largest first, until the eigenvalues of the removed pairs add up to at least the
-fraction ``energy`` of the trace of the product.
+The cost of a weight change D [out, in] is ``vec(D)ᵀ G vec(D)``, where G is the Gauss-Newton matrix. K-FAC approximates
+G by the Kronecker product of two factors. The input factor is A = E[x xᵀ] with the inputs x of the layer. The output
+factor is S = E[g gᵀ] with the gradients g at the outputs of the layer.
+
+Every direction is an outer product u vᵀ of an eigenvector u of S and an eigenvector v of A. Its curvature is the
+product of the two eigenvalues. Directions are removed from D in the order of their curvature, largest first, until the
+removed curvatures add up to at least the fraction ``energy`` of the sum of all curvatures.
 
 References:
     "CrispEdit", arXiv 2602.15823.
@@ -24,15 +26,15 @@ from kedit_train.functional.precision import full_precision, widest
 class Curvature(NamedTuple):
     """The directions of high curvature of a weight.
 
-    A direction is a pair of the eigenvectors ``left[:, i]`` and ``right[:, j]``. Its curvature is high if
-    ``high[i, j]`` is 1. Eigenvectors that belong to no pair of high curvature are not stored.
+    A direction is the outer product of the eigenvectors ``left[:, i]`` and ``right[:, j]``. Its curvature is high if
+    ``high[i, j]`` is 1. Eigenvectors that belong to no direction of high curvature are not stored.
 
     Attributes:
         left: [out, p], eigenvectors of the output factor.
         right: [in, q], eigenvectors of the input factor.
-        high: [p, q], 1 for a pair of high curvature, 0 otherwise, in the dtype of ``left``.
-        free: fraction of all ``out * in`` directions whose curvature is not high.
-        energy: fraction of the sum of all curvatures that belongs to the directions of high curvature.
+        high: [p, q], 1 for a direction of high curvature, 0 otherwise, in the dtype of ``left``.
+        free: number of directions whose curvature is not high, divided by ``out * in``.
+        energy: sum of the high curvatures, divided by the sum of all curvatures.
     """
 
     left: Tensor
@@ -45,17 +47,17 @@ class Curvature(NamedTuple):
 def high_curvature(
     output_factor: Tensor, input_factor: Tensor, energy: float, dtype: torch.dtype = torch.float32
 ) -> Curvature:
-    """Find the directions of high curvature, which the caller removes from a weight change.
+    """Find the directions of high curvature of a weight.
 
-    The curvature is the Kronecker product of S and A. If s_i and a_j are eigenvalues of S and A, then s_i a_j is an
-    eigenvalue of the curvature. Its direction is the outer product of the two eigenvectors.
+    A direction is the outer product of an eigenvector of S and an eigenvector of A. Its curvature is the product of the
+    two eigenvalues.
 
     Args:
         output_factor: S, [out, out], symmetric and positive semi-definite.
         input_factor: A, [in, in], symmetric and positive semi-definite.
-        energy: fraction of the trace of the curvature that the result contains, in (0, 1). Directions are selected by
-            s_i a_j, largest first, until the selected eigenvalues add up to this fraction of the trace. Directions with
-            the same eigenvalue as the last selected direction are also selected.
+        energy: fraction in (0, 1). Directions are selected in the order of their curvature, largest first, until their
+            curvatures add up to at least this fraction of the sum of all curvatures. Directions with the same curvature
+            as the last selected direction are also selected.
         dtype: dtype of the result. The decomposition is computed in fp64.
 
     Returns:
@@ -93,15 +95,16 @@ def project_low_curvature(
 ) -> Tensor:
     """Remove the directions of high curvature from a change.
 
-    The result equals ``U_S ((U_Sᵀ D U_A) * M) U_Aᵀ``. D is the change. U_S contains all eigenvectors of the output
-    factor, and U_A those of the input factor. M is 1 for pairs of low curvature and 0 for pairs of high curvature. To
-    save time, the function computes only the part of D in the pairs of high curvature, and subtracts this part from D.
+    The result equals ``U_S ((U_Sᵀ D U_A) * M) U_Aᵀ``. D is the change. The columns of U_S are all eigenvectors of the
+    output factor, and the columns of U_A are all eigenvectors of the input factor. M is 0 for directions of high
+    curvature, and 1 for all other directions. To save time, the function computes only the part of D in the directions
+    of high curvature, and subtracts this part from D.
 
     Args:
         delta: [out, in], the change, in the dtype of the curvature. For a ``Conv1D``, pass the transposed change.
         curvature: from :func:`high_curvature`.
-        reduce: None if ``delta`` is complete. If each process has only some rows of ``delta`` and the same rows of
-            ``curvature.left``: a function that sums a matrix [p, q] over all processes.
+        reduce: None if ``delta`` is complete. If the rows of ``delta`` and of ``curvature.left`` are split over several
+            processes, pass a function that sums a matrix [p, q] over all processes.
 
     Returns:
         [out, in].

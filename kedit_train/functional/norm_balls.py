@@ -1,8 +1,8 @@
 """Project weights onto norm balls, exactly in the dtype in which the weights are stored.
 
-After every step the weights are projected onto ``|w - reference| <= radius``. If ``reference + radius`` is rounded to
-bf16, its distance from the reference can exceed a radius of 1e-3 by 10%. Therefore, this module compares the stored
-values in fp64. If rounding moves a value out of the ball, the value is moved back inside.
+The projection makes sure that ``|w - reference| <= radius``. In bf16, rounding can move a projected weight out of this
+ball. For a radius of 1e-3, the distance from the reference can be 10% larger than the radius. Therefore, this module
+compares the rounded values in fp64, and moves values that are outside the ball back inside.
 
 References:
     "Modifying Memories in Transformer Models", arXiv 2012.00363.
@@ -42,10 +42,10 @@ def step_toward(values: Tensor, target: Tensor) -> Tensor:
 
 
 def linf_bounds(reference: Tensor, radius: float) -> tuple[Tensor, Tensor]:
-    """Return the smallest and the greatest value of the dtype within ``radius`` of each entry.
+    """Return ``reference - radius`` and ``reference + radius``, rounded towards the reference.
 
-    To keep weights in the ball, clamp the weights to these bounds after each step. If the dtype has no other value
-    within ``radius`` of an entry, both bounds equal the entry.
+    To keep weights in the ball, clamp the weights to these bounds after each step. If ``radius`` is too small for the
+    precision of an entry, both bounds equal the entry.
 
     Args:
         reference: any shape, any float dtype.
@@ -62,7 +62,9 @@ def linf_bounds(reference: Tensor, radius: float) -> tuple[Tensor, Tensor]:
 
 
 def linf_ball(weight: Tensor, reference: Tensor, radius: float) -> Tensor:
-    """Clip every entry to within ``radius`` of its reference. Entries within ``radius`` do not change at all.
+    """Clip every entry, so that its distance from the reference is at most ``radius``.
+
+    An entry that is already within this distance does not change.
 
     Args:
         weight: any shape and float dtype.
@@ -95,7 +97,7 @@ def distance_squared(weight: Tensor, reference: Tensor) -> Tensor:
 
 
 def shrink(weight: Tensor, reference: Tensor, factor: float) -> Tensor:
-    """Return ``reference + factor * (weight - reference)``, rounded towards the reference where necessary.
+    """Return ``reference + factor * (weight - reference)``.
 
     Rounding never increases the distance between an entry and its reference.
 
@@ -120,8 +122,8 @@ def shrink(weight: Tensor, reference: Tensor, factor: float) -> Tensor:
 def shrink_factor(distance: float, radius: float) -> float:
     """Return the factor that scales a difference of norm ``distance`` to at most ``radius``.
 
-    The factor includes a margin of 1e-12. With this margin, the norm of the scaled difference is at most ``radius``
-    for any order of summation.
+    The factor is smaller than necessary by a fraction of 1e-12. This margin covers the rounding error of the norm,
+    which depends on the order of summation.
     """
     return 1.0 if distance <= radius else radius / distance * (1.0 - 1e-12)
 

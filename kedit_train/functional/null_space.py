@@ -1,11 +1,12 @@
 """Find the input directions that a weight change must not affect, and remove them from the change.
 
-For a linear layer ``y = W k``, a change D of the weight keeps the outputs for inputs K0 if ``D K0 = 0``. AlphaEdit
-applies this to a closed-form update, and selects directions by an absolute threshold on singular values. This module
-selects the directions that contain a given fraction of the trace of the inputs' second moment. Such a fraction is
-comparable between models and layers. The projection is applied to the whole difference from the original weights. It is
-not enough to project only the gradient, because Adam rescales each entry of the gradient, and the step then leaves the
-null space.
+For a linear layer ``y = W k``, a weight change D does not change the outputs for the inputs K0 if ``D K0 = 0``.
+AlphaEdit applies this to a closed-form update, and selects directions by an absolute threshold on singular values. This
+module selects the directions that contain a given fraction of the trace of the inputs' second moment. Such a fraction
+is comparable between models and layers.
+
+The whole difference from the original weights must be projected. If only the gradient is projected, the step leaves the
+null space, because Adam rescales each entry of the projected gradient.
 
 References:
     "AlphaEdit: Null-Space Constrained Knowledge Editing for Language Models", arXiv 2410.02355.
@@ -39,9 +40,9 @@ def principal_directions(
         rank: upper bound of the rank of the moment, for example the number of vectors k. If the bound is at most d / 2,
             the directions are computed in the column space of the moment. This takes about ``4 d² rank`` operations
             instead of about ``10 d³``.
-        start: [d, s], the result of this function for a similar moment, if there is one. It is used if s is below
-            d / 4. Then, one step of subspace iteration approximates the directions in about ``4 d² s`` operations. If
-            the approximate directions contain too little of the trace, the exact directions are computed.
+        start: [d, s], the result of this function for a similar moment. If s is below d / 4, one step of subspace
+            iteration from ``start`` approximates the directions in about ``4 d² s`` operations. If the approximate
+            directions contain too little of the trace, the exact directions are computed.
 
     Returns:
         [d, r] in fp64, sorted by descending eigenvalue.
@@ -59,16 +60,13 @@ def principal_directions(
 
 
 def _fewest(values: Tensor, energy: float) -> int:
-    """Return how many of the descending values are needed for a sum of at least ``energy``."""
+    """Return how many of the largest values are needed for a sum of at least ``energy``."""
     return int((values.cumsum(0) < energy * (1.0 - 1e-12)).sum()) + 1
 
 
 def _eigenvectors_near(moment: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
-    """Approximate eigenvalues and eigenvectors of ``moment`` by one step of subspace iteration from ``start``.
-
-    Random vectors are added to ``start``, to find directions of ``moment`` that ``start`` does not contain. The result
-    is sorted by descending eigenvalue.
-    """
+    """Return approximate eigenvalues (descending) and eigenvectors from one step of subspace iteration."""
+    # The random vectors find directions of ``moment`` that ``start`` does not contain.
     generator = torch.Generator().manual_seed(0)
     random = torch.randn(len(moment), start.shape[1] // 4 + 16, generator=generator, dtype=moment.dtype)
     values, vectors = _eigenvectors_in_span(moment, torch.cat([start.to(moment), random.to(moment.device)], dim=1))
@@ -90,17 +88,14 @@ def _eigenvectors(moment: Tensor, rank: int | None) -> tuple[Tensor, Tensor]:
 
 
 def _eigenvectors_in_span(moment: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
-    """Return eigenvalues and eigenvectors of ``moment``, restricted to the column space of ``moment @ vectors``.
-
-    They are sorted by ascending eigenvalue.
-    """
+    """Return the eigenvalues (ascending) and eigenvectors of ``moment`` in the column space of ``moment @ vectors``."""
     span = torch.linalg.qr(moment @ vectors)[0]
     values, within = torch.linalg.eigh(span.T @ moment @ span)
     return values, span @ within
 
 
 def join_directions(first: Tensor, second: Tensor) -> Tensor:
-    """Return orthonormal directions that span two sets of directions.
+    """Return orthonormal directions that together span both sets of directions.
 
     Args:
         first: [d, r1], orthonormal.
@@ -116,12 +111,13 @@ def join_directions(first: Tensor, second: Tensor) -> Tensor:
 
 
 class FreeSpace(NamedTuple):
-    """The directions that a change may use, stored as the smaller of two bases.
+    """The free directions, which a weight change may use. They are orthogonal to the preserved directions.
+
+    Only one basis is stored: the basis of the preserved directions or of the free directions, whichever is smaller.
 
     Attributes:
         basis: [d, n], orthonormal.
-        preserved: if True, ``basis`` spans the preserved directions, which are removed from a change. If False, it
-            spans the free directions, onto which a change is projected.
+        preserved: True if ``basis`` spans the preserved directions, False if it spans the free directions.
         rank: number of preserved directions.
     """
 
@@ -138,8 +134,7 @@ def free_space(directions: Tensor, dtype: torch.dtype = torch.float32) -> FreeSp
         dtype: dtype of the returned basis.
 
     Returns:
-        A space with the basis of the given directions or of their complement, whichever is smaller. The basis has at
-        most d * d / 2 values.
+        The space in which the given directions are preserved. Its basis has at most d * d / 2 values.
     """
     size, rank = directions.shape
     if 2 * rank <= size:
@@ -151,8 +146,8 @@ def free_space(directions: Tensor, dtype: torch.dtype = torch.float32) -> FreeSp
 def project_free(delta: Tensor, space: FreeSpace) -> Tensor:
     """Remove the preserved directions from each row of a change.
 
-    With the change D, the result is ``D - (D U) Uᵀ``, where U are the preserved directions. If the basis N of the free
-    directions is smaller, the same result is computed as ``(D N) Nᵀ``.
+    For a change D, the result is ``D - (D U) Uᵀ``. The columns of U are the preserved directions. If ``space`` contains
+    the free directions N instead, the same result is computed as ``(D N) Nᵀ``.
 
     Args:
         delta: [m, d], the change, in the dtype of the basis. The last dimension must belong to the layer's inputs. For
@@ -169,17 +164,16 @@ def project_free(delta: Tensor, space: FreeSpace) -> Tensor:
 
 @lru_cache(maxsize=8)
 def _random_vectors(size: int) -> Tensor:
-    """Return the random vectors of a sketch, [size, _SKETCH]. Every call returns the same vectors."""
+    """Return random vectors, [size, _SKETCH]. Every call returns the same vectors."""
     return torch.randn(size, _SKETCH, generator=torch.Generator().manual_seed(0))
 
 
 def project_gradient_free(gradient: Tensor, space: FreeSpace) -> Tensor:
-    """Compute :func:`project_free` of a gradient, with fewer operations if the gradient has a low rank.
+    """Compute the same as :func:`project_free` up to rounding, but faster if the gradient has a low rank.
 
-    The gradient of a linear layer is a sum of one outer product per token, so a batch with few tokens has a gradient of
-    low rank. A random sketch (arXiv 0909.4061, "Finding structure with randomness") finds factors Q B of such a
-    gradient, and only B is projected. The result is the same up to rounding. If the rank is not low, the whole gradient
-    is projected.
+    The gradient of a linear layer is a sum of outer products, one per token. If a batch has few tokens, its gradient
+    therefore has a low rank. A random sketch ("Finding structure with randomness", arXiv 0909.4061) factors such a
+    gradient into a product Q B, and only B is projected. If the rank is not low, the whole gradient is projected.
 
     Args:
         gradient: [m, d], in the dtype of the basis.

@@ -18,19 +18,19 @@ def output_distance(before: Tensor, now: Tensor, *, distance: Distance) -> Tenso
     """Return the distance between the outputs before the edit and the outputs now, without averaging.
 
     - "mse": the squared difference of each value.
-    - "quantile": the absolute difference of each value, where the values are quantiles. The 1-Wasserstein distance of
-      two distributions is the integral over u in [0, 1] of the absolute difference of their quantiles at level u. So
-      the mean over evenly spaced quantile levels approximates the 1-Wasserstein distance of two forecasts.
+    - "quantile": the absolute difference of each value, for models that output quantiles. The mean over evenly spaced
+      quantile levels approximates the 1-Wasserstein distance of the two forecasts. This distance is the integral of
+      the absolute difference over all quantile levels.
     - "kl": KL(before || now) of each distribution, in nats. The last dimension holds the logits of one distribution.
 
     Args:
-        before: outputs of the model before the edit, any shape and float dtype.
-        now: outputs of the model now, the same shape.
+        before: the outputs before the edit. They can have any shape and float dtype.
+        now: the outputs now, in the same shape.
         distance: "mse", "quantile" or "kl".
 
     Returns:
-        One distance per output value, in the shape of the outputs. With "kl", one distance per distribution, in this
-        shape without the last dimension. The distances are computed in fp32 (in fp64 for fp64 outputs).
+        With "mse" and "quantile", one distance per value, in the shape of the outputs. With "kl", one distance per
+        distribution, so the last dimension is missing. The distances are computed in fp32 (in fp64 for fp64 outputs).
 
     Raises:
         ValueError: the shapes differ, or the distance is unknown.
@@ -65,7 +65,8 @@ def output_distance(before: Tensor, now: Tensor, *, distance: Distance) -> Tenso
 def quantile_loss(forecast: Tensor, target: Tensor, levels: Sequence[float]) -> Tensor:
     """Return the quantile loss (pinball loss), averaged over all values and quantile levels.
 
-    The loss of the quantile q at level u for the target y is u * (y - q) if y is above q, and (1 - u) * (q - y) if not.
+    Let q be the quantile at level u, and y the target. The loss is ``u * (y - q)`` if y is above q, and
+    ``(1 - u) * (q - y)`` otherwise.
 
     Args:
         forecast: [..., Q], the quantiles of each target value.

@@ -1,4 +1,4 @@
-"""OverTone: the label mixed with the model's own filtered distribution.
+"""OverTone: the target is a mixture of the label and the model's own filtered distribution.
 
 No official code exists. Where the paper leaves a detail open, a comment in the code states the choice and its reason.
 """
@@ -29,8 +29,8 @@ def overtone_target(
     Args:
         logits: [N, V] at the positions that predict ``labels``, any float dtype.
         labels: [N] token ids.
-        label_weight: weight of the one-hot label in the mixture, in [0, 1], as in the paper. With 1, the loss is
-            cross-entropy. The usual argument of label smoothing is different: it is the weight of the uniform
+        label_weight: weight of the one-hot label in the mixture, in [0, 1], as in the paper. With 1, the target is the
+            one-hot label. In PyTorch, ``label_smoothing`` has the opposite meaning: it is the weight of the uniform
             distribution.
         n_sigma: width of the filter in standard deviations of the logits; ``inf`` keeps every token.
         vocab_size: size of the true vocabulary, if the output head has more rows (vocabulary padding). The logits of
@@ -114,8 +114,8 @@ def overtone_statistics(
     """Compute the OverTone loss of each token, like :func:`overtone`, and also statistics of the targets.
 
     Let p be the model's distribution, and Z its log normalizer. Let f be the filtered distribution (p without unlikely
-    tokens), and Z_f its log normalizer. The target t is the mixture of f and the one-hot label. KL(t || p) is a sum
-    over the vocabulary. In the terms of all tokens except the label y, the logits cancel, and these terms add up to
+    tokens), and Z_f its log normalizer. The target t is the mixture of f and the one-hot label y. The divergence
+    KL(t || p) is a sum over the vocabulary. The terms of all tokens except y need no loop, because they add up to
     ``(1 - t_y) (log(1 - label_weight) + Z - Z_f)``.
 
     Args:

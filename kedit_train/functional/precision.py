@@ -35,5 +35,5 @@ def wide(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def widest(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the tensor in fp64, on the CPU if its device has no fp64 (MPS)."""
+    """Return the tensor in fp64. If its device has no fp64 (MPS), the result is on the CPU."""
     return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()

@@ -1,8 +1,8 @@
-"""Estimate the KL divergence of a weight change, and find coordinates in which equal norms mean equal divergences.
+"""Estimate the KL divergence that a weight change causes.
 
-For a linear layer ``y = W k``, K-FAC approximates the divergence that a change D of the weight causes on given texts:
+For a linear layer ``y = W k`` and a weight change D, K-FAC estimates the divergence on given texts as
 ``KL = 1/2 tr(S D A Dᵀ)`` per token. A = E[k kᵀ] is the second moment of the inputs, [in, in]. S = E[g gᵀ] is the second
-moment of the gradients g at the outputs, [out, out], with labels that are sampled from the model.
+moment of the gradients g at the outputs, [out, out]. The labels for these gradients are sampled from the model.
 
 References:
     "Optimizing Neural Networks with Kronecker-factored Approximate Curvature", arXiv 1503.05671.
@@ -39,10 +39,10 @@ def second_order_divergence(change: Tensor, output_moment: Tensor | None, input_
 
 
 def divergence_of_gradient(change: Tensor, gradient: Tensor) -> Tensor:
-    """Return the estimated divergence of a change, computed from its gradient.
+    """Return the estimated divergence of a change. The caller passes the gradient of this divergence.
 
-    The result equals the result of :func:`second_order_divergence`. Autograd would compute the products with S and A a
-    second time in the backward pass. This function avoids these products, because the gradient is already known.
+    The result equals the result of :func:`second_order_divergence`. But the backward pass uses the given gradient,
+    where autograd would compute the products with S and A a second time.
 
     Args:
         change: D, [out, in].
@@ -55,10 +55,11 @@ def divergence_of_gradient(change: Tensor, gradient: Tensor) -> Tensor:
 
 
 def inverse_root(moment: Tensor, damping: float) -> Tensor:
-    """Return the symmetric inverse square root of ``moment / t + damping * I``. t is the mean of the moment's diagonal.
+    """Return the symmetric inverse square root of ``moment / t + damping * I``.
 
-    The division by t makes ``damping`` independent of the scale of the model's activations and gradients. A large
-    damping makes the result similar to a multiple of the identity matrix.
+    The number t is the mean of the diagonal of ``moment``. The division by t makes ``damping`` independent of the scale
+    of the model's activations and gradients. A large damping makes the result similar to a multiple of the identity
+    matrix.
 
     Args:
         moment: [d, d], symmetric and positive semi-definite.
@@ -81,12 +82,14 @@ def inverse_root(moment: Tensor, damping: float) -> Tensor:
 
 
 def transform(matrix: Tensor, output_root: Tensor | None, input_root: Tensor) -> Tensor:
-    """Return the product ``P M Q``, where P is the inverse root of S, and Q is the inverse root of A.
+    """Return the product ``P M Q``, which transforms a gradient or a weight change.
 
-    S is the second moment of the gradients at the layer's outputs, and A is the second moment of the layer's inputs. P
-    and Q define coordinates of the weight. With a small damping, the estimated divergence of a change is proportional
-    to the squared norm of the change in these coordinates. If M is the gradient of the weight, the result is the
-    gradient in the coordinates. If M is a change in the coordinates, the result is the change of the weight.
+    P is the inverse root of S, the second moment of the gradients at the layer's outputs. Q is the inverse root of A,
+    the second moment of the layer's inputs. P and Q define new coordinates for the weight. In these coordinates, the
+    estimated divergence of a change is proportional to the squared norm of the change, if the damping is small.
+
+    - If M is the gradient of the weight, the result is the gradient in the new coordinates.
+    - If M is a change in the new coordinates, the result is the change of the weight.
 
     Args:
         matrix: M, [out, in].

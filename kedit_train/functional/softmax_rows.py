@@ -23,9 +23,9 @@ def shifted_logits(z: Tensor, labels: Tensor, size: int) -> tuple[Tensor, Tensor
 
 
 def log_normalizer(exponentials: Tensor, z: Tensor, top: Tensor) -> Tensor:
-    """Return the log of the softmax denominator of each row, for logits that are shifted by ``top``.
+    """Return the log of the sum of ``exp(z - top)`` for each row.
 
-    The denominator is the sum of ``exp(z - top)`` over all V logits of a row, including the vocabulary padding.
+    The sum is over all V logits of a row, including the vocabulary padding.
 
     Args:
         exponentials: [n, size], the exponentials of the shifted logits of the true vocabulary.
@@ -41,10 +41,10 @@ def log_normalizer(exponentials: Tensor, z: Tensor, top: Tensor) -> Tensor:
 
 
 def write_padded_gradient(out: Tensor, z: Tensor, top: Tensor, log_z: Tensor, size: int) -> Tensor:
-    """Write ``z - top`` into the first ``size`` columns of ``out``, and gradients of padding into the other columns.
+    """Write the gradient of the vocabulary padding into ``out``, and shifted logits into the other columns.
 
-    The columns from ``size`` on belong to vocabulary padding. The gradient of a padding logit is the probability of its
-    token.
+    The first ``size`` columns get ``z - top``, from which the caller computes the gradient. All other columns belong to
+    vocabulary padding. The gradient of a padding logit is the probability of its token.
 
     Args:
         out: [n, V], overwritten.
@@ -62,12 +62,12 @@ def write_padded_gradient(out: Tensor, z: Tensor, top: Tensor, log_z: Tensor, si
 
 
 def subtract_label(out: Tensor, labels: Tensor, mass: Tensor, active: Tensor) -> None:
-    """Subtract ``mass`` [n] from the label's entry in each row of ``out`` [n, V], then set all inactive rows to 0.
+    """Subtract ``mass`` from the label's entry in each row of ``out``, then set the inactive rows to 0.
 
     Args:
         out: [n, V], changed in place.
         labels: [n] token ids.
-        mass: [n], the target probability of the label, without the part that the caller already subtracted.
+        mass: [n], the part of the label's target probability that the caller has not subtracted yet.
         active: [n] bool, False for a token that has no gradient.
     """
     out.scatter_add_(-1, labels.unsqueeze(-1), -mass.unsqueeze(-1))

@@ -1,4 +1,4 @@
-"""Targets and loss of a value function that is trained by temporal differences on rewarded sequences.
+"""The targets and the loss that train a value function by temporal differences.
 
 References:
     "Aligning Large Language Models with Representation Editing: A Control Perspective" (RE-Control), arXiv 2406.05954.
@@ -36,14 +36,13 @@ def last_valid(mask: Tensor) -> Tensor:
 
 
 def td_targets(values: Tensor, rewards: Tensor, mask: Tensor, *, trace: float = 0.0, discount: float = 1.0) -> Tensor:
-    """Return the lambda-returns of sequences that are rewarded at their end.
+    """Return the training targets of a value function: the lambda-return at each position.
 
-    The target of the last valid position is the reward. The target of an earlier position t is
-    ``discount * ((1 - trace) * values[t + 1] + trace * target[t + 1])``. With ``trace=0``, this is TD(0), the target of
-    RE-Control. With ``trace=1``, it is the discounted reward.
+    A sequence has one reward, at its last valid position. The target of this position is the reward. The target of an
+    earlier position t is ``discount * ((1 - trace) * values[t + 1] + trace * target[t + 1])``. With ``trace=0``, the
+    targets are those of TD(0), which RE-Control uses. With ``trace=1``, the targets are the discounted reward.
 
-    No gradient flows through the targets (semi-gradient). The loss at position t trains ``values[t]``, but not
-    ``values[t + 1]``.
+    The targets have no gradient. So the loss at position t trains ``values[t]``, but not ``values[t + 1]``.
 
     Args:
         values: [batch, length], the values of a target network or of the trained network.

@@ -1,4 +1,4 @@
-"""Divergence from a distribution that is stored as its top k tokens and the total probability of all others."""
+"""Divergence from a reference distribution. Only its k most probable tokens are stored."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def top_log_probs(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
     Returns:
         Log-probabilities [N, k + 1] and token ids [N, k], most probable first. The last column of the log-probabilities
-        belongs to all other tokens together (minus infinity if ``k == V``). They are computed in fp32
+        belongs to all other tokens together (minus infinity if ``k == V``). The log-probabilities are computed in fp32
         (in fp64 for fp64 logits).
     """
     log_probs = _log_softmax(logits)
@@ -28,8 +28,8 @@ def top_log_probs(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
 def bucket_divergence(reference: Tensor, tokens: Tensor, logits: Tensor, *, direction: Direction = "forward") -> Tensor:
     """Return the divergence between two distributions over k + 1 buckets: k tokens, and all others together.
 
-    The probabilities of the tokens within the last bucket are not compared. The result is therefore never larger
-    than the divergence over the whole vocabulary in the same direction (data processing inequality).
+    The tokens in the last bucket are not compared one by one. Therefore, the result is never larger than the divergence
+    over the whole vocabulary in the same direction (data processing inequality).
 
     Args:
         reference: [N, k + 1] log-probabilities from :func:`top_log_probs`.
@@ -49,10 +49,8 @@ def bucket_divergence(reference: Tensor, tokens: Tensor, logits: Tensor, *, dire
 
 
 def _rest(log_probs: Tensor, tokens: Tensor) -> Tensor:
-    """Return the log of the total probability of all tokens except ``tokens``, [N, 1].
-
-    The probabilities are summed directly, because 1 minus the probability of ``tokens`` would lose small values.
-    """
+    """Return the log of the total probability of all tokens except ``tokens``, [N, 1]."""
+    # The difference of 1 and the probability of ``tokens`` would lose small values to rounding.
     return log_probs.scatter(-1, tokens, -torch.inf).logsumexp(-1, keepdim=True)
 
 

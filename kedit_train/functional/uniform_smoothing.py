@@ -1,4 +1,4 @@
-"""Uniform label smoothing: the label mixed with the uniform distribution."""
+"""Uniform label smoothing: the target is a mixture of the label and the uniform distribution."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def uniform_target(
 def uniform(
     logits: Tensor, labels: Tensor, *, label_weight: float = 0.9, epsilon: float = 0.0, vocab_size: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Compute the uniform-smoothing loss of each token, with the gradient in closed form.
+    """Compute the loss of each token with uniform label smoothing, with the gradient in closed form.
 
     The result equals :func:`~kedit_train.functional.clipping.smoothed_loss` with the target of :func:`uniform_target`,
     but the target is not built.

@@ -36,8 +36,8 @@ class Checkpoint:
     Args:
         edits: number of edits so far.
         report: the report on all edits so far, with the unedited model's scores.
-        latest: reliability on the newest edits only. The newest edits are the edits that were trained for
-            the first time in the last training run.
+        latest: reliability on the newest edits. These are the edits that the last training run trained for the first
+            time.
         capability: general ability of the model. None if not measured.
         seconds: training time so far, in seconds.
     """
@@ -49,7 +49,7 @@ class Checkpoint:
     seconds: float
 
     def scores(self) -> dict[str, Score]:
-        """Return the scores of the retention curve as a dict from name to score, without unmeasured scores."""
+        """Return the scores of the retention curve by name. Scores that were not measured are left out."""
         scores = {"reliability": self.report.metrics["reliability"]["generated"], "latest": self.latest}
         scores |= {name: self.report.metrics[name]["generated"] for name in QUESTIONS[1:]}
         scores |= self.capability.scores() if self.capability is not None else {}
@@ -120,7 +120,7 @@ class ModeResult:
         return "\n".join([*lines, "", *NOTES, "", *(f"- {name}: {value}" for name, value in self.meta.items())])
 
     def html(self) -> str:
-        """Return a complete HTML page: the curve as a plot and as a table, the metadata, and the last report."""
+        """Return a complete HTML page: the curve as a plot and a table, the metadata, and the report on all edits."""
         return page(self.title, render_mode_result(self, NOTES) + render_html(self.report, answers=100))
 
     def _repr_html_(self) -> str:
@@ -133,7 +133,7 @@ class ModeResult:
 
     @property
     def title(self) -> str:
-        """The heading of the table: the mode, and the number and the name of the edits."""
+        """The heading of the table: the mode, the number of edits, and the name of the data set."""
         return f"{self.mode}: {self.meta['n_edits']} edits ({self.meta['data_name']})"
 
     def to_dict(self) -> dict[str, Any]:

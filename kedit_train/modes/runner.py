@@ -63,11 +63,11 @@ def run_edits(
     wrong.
 
     When you report a result, name the mode, because the scores depend on the mode. In table 1 of the paper (see
-    References), fine-tuning on 1,000 facts in sequence has a reliability of 75 %. Fine-tuning on shuffled batches of
-    the same facts has a reliability of 99 %.
+    References), fine-tuning reaches a reliability of 75 % on 1,000 facts in sequence. On shuffled batches of the same
+    facts, it reaches 99 %.
 
     Args:
-        model: a causal language model. The model is edited in place, except with "single", which restores it.
+        model: a causal language model. It is edited in place. In the mode "single", its original weights are restored.
         tokenizer: the model's tokenizer.
         edits: the edits.
         mode: "single", "batch", "sequential" or "streaming".
@@ -83,9 +83,10 @@ def run_edits(
         judge: ``judge(answer, accepted) -> bool``, used instead of exact match.
         capability: measures general ability before the edits and at each checkpoint. It must be None for "single".
         wandb_run: the run that ``wandb.init`` returned. ``retention/*`` is logged over the number of edits. At the end,
-            the curve, the answers and the scores by target token are logged, and the result is saved as artifacts.
-        seed: seed for the replay, for the bootstrap and for torch. Each training run sets a torch seed of its own,
-            which is computed from ``seed``. The training does not change torch's random state outside ``run_edits``.
+            the curve, the answers and the scores at each token of the targets are logged, and the result is saved as
+            artifacts.
+        seed: seed for the replay, the bootstrap and torch. Before each training run, torch gets a seed that is computed
+            from ``seed``. After each training run, torch's random state is restored.
         progress: show progress bars in a terminal.
 
     Returns:
@@ -225,7 +226,7 @@ def with_unique_ids(edits: Sequence[Edit]) -> EditDataset:
 
 @dataclass
 class _Run:
-    """The arguments of one call of :func:`run_edits`, with the functions that train and evaluate."""
+    """One call of :func:`run_edits`: its arguments as attributes, and methods that train and evaluate."""
 
     model: nn.Module
     tokenizer: Any
@@ -311,7 +312,7 @@ class _Run:
 
 
 def part_of(unedited: Report, edits: Sequence[Edit], seed: int) -> Report:
-    """Return the unedited model's report, reduced to the given edits."""
+    """Return the report on the unedited model for the given edits only."""
     names = {edit.id for edit in edits}
     answers = [result for result in unedited.answers if result.edit in names]
     metrics = summarize(answers, against_unedited=False, protocols=unedited.protocols, seed=seed)

@@ -38,9 +38,9 @@ class SurveyMetrics:
         retainability: mean change of accuracy per additional edit in a sequence. The best value is 0.
         scalability: accuracy of edits that are each made alone on the unedited model, minus the accuracy when all edits
             are made at once. The best value is 0.
-        sources: dict from the name of a metric to a mode, for example "batch". The metric is computed from the result
-            of this mode. Scalability needs two results, so its value is "single, batch". The value is "–" if a needed
-            result is missing.
+        sources: dict from the name of each metric to the mode whose result is used, for example "batch". For
+            scalability, which needs two results, the entry is "single, batch". If a result is missing, the entry is
+            "–".
 
     References:
         Wang et al., "Knowledge Editing for Large Language Models: A Survey", arXiv 2310.16218.
@@ -93,7 +93,7 @@ class SurveyMetrics:
         return f"SurveyMetrics({', '.join(f'{row[0]} {row[2]}' for row in self.rows() if row[2] != '–')})"
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the scores as Markdown (``.md``), HTML (``.html``) or JSON (any other ending of ``path``)."""
+        """Write the scores to ``path``, as Markdown (``.md``), HTML (``.html``) or JSON (any other file ending)."""
         return write_text(path, self)
 
 

@@ -33,14 +33,13 @@ class ExampleOptions:
     Args:
         prompt_format: "plain" (the prompt as it is), "chat" (the tokenizer's chat template), "question" (the prompt
             as a question, followed by "A:") or a :class:`~kedit_train.ChatFormat`.
-        append_eos: append the end-of-text token to every target. With "auto", the token is always appended in chats and
-            after questions. It is appended to plain completions only if the model ends such completions by itself. The
-            model is tested once, before its first training, and the decision is printed.
+        append_eos: whether the end-of-text token is appended to every target. With "auto", ``prompt_format`` decides.
+            If it is not "plain", the token is appended. If it is "plain", the token is appended only if the model ends
+            its completions by itself. The model is tested once, before its first training, and the decision is printed.
         extra_edits: additional edits to train: a list, or a function ``function(edits) -> list``. The function is
             called once per training, with the edits of this training. ``kedit_train.augmentation.augmentation`` creates
-            such a function. It can also rewrite the targets of the edits. The loop then trains the new targets. The
-            arguments ``batch_size`` and ``stop_loss`` of :class:`TrainLoop` treat additional edits like all other
-            edits.
+            such a function. The function can also rewrite the targets of the edits. Then :class:`TrainLoop` trains the
+            rewritten targets. Additional edits count like all other edits for ``batch_size`` and ``stop_loss``.
 
     Example:
         >>> from kedit_train.modes import ExampleOptions
@@ -68,11 +67,11 @@ class TrainLoop:
     Args:
         tokenizer: the model's tokenizer.
         callbacks: callbacks of ``kedit_train.callbacks``, in any order. None: ``ParameterScope`` on one
-            down-projection late in the model. ``run_edits`` may call this function several times. Each call resets
-            the callbacks, and their reference is the model at the start of this call. There are two exceptions. With
-            ``sequential=True``, ``KLLocality``, ``NullSpace`` and ``LowCurvature`` keep what they computed in earlier
-            calls. With ``anchor="base"`` (the default), ``NormBall`` and ``WeightAnchor`` use the weights before the
-            first call.
+            down-projection late in the model. ``run_edits`` may call the training function several times. Each call
+            resets the callbacks. They then treat the model at the start of this call as the unedited model. Some
+            callbacks also remember earlier calls. With ``sequential=True``, ``KLLocality``, ``NullSpace`` and
+            ``LowCurvature`` keep what they computed in earlier calls. With ``anchor="base"`` (the default),
+            ``NormBall`` and ``WeightAnchor`` use the weights before the first call.
         epochs: maximum number of passes over the edits.
         batch_size: training examples per optimizer step.
         learning_rate: learning rate of the optimizer.

@@ -31,7 +31,7 @@ def log_checkpoint(run: Any, checkpoint: Checkpoint) -> None:
 
 
 def finish_curve(run: Any, result: ModeResult) -> None:
-    """Log the curve (a table and a chart), the answers and the scores by target token. Save the result as artifacts."""
+    """Log the curve, the answers and the scores at each token of the targets. Save the result as artifacts."""
     with require("wandb", extra="wandb"):
         import wandb
 

@@ -34,15 +34,22 @@ def edits(n: int = EDITS, seed: int = 0) -> list[Edit]:
 
     * ``prompt``: an incomplete sentence that the bundled model was trained to complete with the old answer.
     * ``rephrases``: three other incomplete sentences and two questions about the same fact.
-    * ``locality``: prompts about facts that none of the returned edits changes. ``same_subject`` asks about other facts
-      of the edited subject. ``neighbour`` has the wording of ``prompt`` and asks about other subjects for which the
-      old answer is correct. ``unrelated`` asks about other relations of other subjects.
-    * ``portability``: prompts whose answers change with the edit. ``held_out_wording`` asks about the edited fact in
-      wordings that no training document contains. ``two_hop`` and ``two_hop_last`` ask about facts that follow from two
-      facts, for example about the river of the birthplace of Ada. In ``two_hop``, the edit changes the first of the two
-      facts (the birthplace of Ada). In ``two_hop_last``, it changes the second (the river of this city).
+    * ``locality``: prompts about facts that the edits do not change.
 
-    The locality and portability prompts of an edit depend on all returned edits. So ``edits(2)`` differs from
+      * ``same_subject``: prompts about other facts of the edited subject.
+      * ``neighbour``: prompts about other subjects, in the wording of ``prompt``. The right answer is the old answer
+        of the edit.
+      * ``unrelated``: prompts about other relations of other subjects.
+
+    * ``portability``: prompts whose answers change with the edit.
+
+      * ``held_out_wording``: prompts about the edited fact, in wordings that no training document contains.
+      * ``two_hop``: prompts about a fact that follows from the edited fact and a second fact. For example, the edit
+        changes the birthplace of Ada, and the prompt asks for the river of the birthplace of Ada.
+      * ``two_hop_last``: as ``two_hop``, but the edit changes the second fact, for example the river of the city in
+        which Ada was born.
+
+    The locality and portability prompts of an edit depend on all returned edits, so ``edits(2)`` differs from
     ``edits(4)[:2]``.
 
     Args:
@@ -69,22 +76,22 @@ def edits(n: int = EDITS, seed: int = 0) -> list[Edit]:
 
 
 def locality_texts(exclude: Sequence[Edit], n: int | None = 4096, seed: int = 0) -> list[str]:
-    """Return texts that stay true after the edits, for a locality penalty.
+    """Return texts for a locality penalty. The texts stay true after the edits.
 
     The texts are of three kinds:
 
-    * Up to half of the texts state other facts in the wording of an edit's prompt. Side effects of edits appear first
-      in such texts.
-    * A quarter of the texts are training prose, which states no facts.
-    * The remaining texts state one-hop or two-hop facts, in wordings drawn at random from the training documents.
+    * Up to half of the texts state unedited facts in the wording of an edit's prompt. Side effects of edits appear
+      first in such texts.
+    * A quarter of the texts are prose from the training data. They state no facts.
+    * The remaining texts state unedited facts in wordings drawn at random from the training documents.
 
     A fact is left out if an edit changes it, if it follows from a changed fact, or if an evaluation prompt of an edit
     asks about it. The texts contain no evaluation prompt of the edits and no special tokens.
 
     Args:
         exclude: the edits. With an empty list, no fact is left out, so the texts may contain evaluation prompts.
-        n: number of texts to draw. None draws as many texts as possible. The result may have a few texts fewer than
-            ``n``, because drawn texts that contain an evaluation prompt inside a longer sentence are left out.
+        n: number of texts. None returns as many texts as possible. The result may have slightly fewer texts than
+            ``n``, because texts that contain an evaluation prompt in a longer sentence are removed at the end.
         seed: seed of the random choice.
 
     Raises:
@@ -126,9 +133,9 @@ def locality_texts(exclude: Sequence[Edit], n: int | None = 4096, seed: int = 0)
 
 
 def unaffected(texts: Sequence[str], edits: Sequence[Edit]) -> list[str]:
-    """Return the texts that are still usable with new edits, for a locality penalty.
+    """Remove the texts that new edits affect, and return the other texts.
 
-    A text is left out if it states a fact that an edit changes, a fact that follows from a changed fact, or a fact that
+    A text is removed if it states a fact that an edit changes, a fact that follows from a changed fact, or a fact that
     an evaluation prompt of an edit asks about.
 
     Args:
@@ -155,12 +162,11 @@ def unaffected(texts: Sequence[str], edits: Sequence[Edit]) -> list[str]:
 
 
 def other_prompts(exclude: Sequence[Edit], seed: int = 0) -> list[str]:
-    """Return prompts about facts that the edits leave unchanged, for a replay buffer.
+    """Return prompts for a replay buffer. They ask about facts that the edits do not change.
 
-    There is one prompt per fact, in random order. Some facts have the same relation as an edit. About half of the
-    prompts about these facts have the wording of the edit's prompt. The wordings of all other prompts are drawn at
-    random from the training documents. No prompt asks about an edited subject, or about a fact that
-    :func:`locality_texts` leaves out.
+    There is one prompt per fact, in random order. No prompt asks about an edited subject, or about a fact that
+    :func:`locality_texts` leaves out. If a fact has the relation of an edit, its prompt has the wording of this edit's
+    prompt with a probability of one half. All other wordings are drawn at random from the training documents.
 
     Args:
         exclude: the edits.
@@ -191,9 +197,8 @@ def other_prompts(exclude: Sequence[Edit], seed: int = 0) -> list[str]:
 def _choose(rng: Random, known: World, n: int) -> list[tuple[Fact, str]]:
     """Choose ``n`` facts about different subjects, and a new object for each fact.
 
-    The function cycles through the relations, in a new random order in each cycle, and takes one fact of each relation.
-    ``MOST_EDITED`` limits how many subjects of a type (person, company or city) may be edited. When a type reaches its
-    limit, the relations of this type are left out.
+    The function takes one fact of each relation, in random order, and repeats this until it has ``n`` facts.
+    ``MOST_EDITED`` limits the number of edited people, companies and cities.
     """
     waiting = {kind: shuffled(rng, known.pools[kind]) for kind in MOST_EDITED}
     spare = {kind: len(names) - int(len(names) * MOST_EDITED[kind]) for kind, names in waiting.items()}
@@ -215,9 +220,8 @@ def _choose(rng: Random, known: World, n: int) -> list[tuple[Fact, str]]:
 def _new_object(rng: Random, known: World, fact: Fact, edited: set[Key]) -> str:
     """Choose a new object for a fact, of the same type as the old object.
 
-    A two-hop fact follows from a first fact and from a second fact about the object of the first. If ``fact`` is such a
-    first fact, the new object must change the answer of the two-hop fact: the second fact about the new object must
-    have another answer than the second fact about the old object. In addition, no edit may change this second fact.
+    The new object also changes the answers of all two-hop facts that begin with this fact. For example, a new
+    birthplace must have another river than the old birthplace, and no edit may change the river of the new birthplace.
     """
     second_hops = [two.via[1] for two in TWO_HOP if two.via[0] == fact.relation]
     for candidate in shuffled(rng, known.pools[BY_NAME[fact.relation].object]):
@@ -309,13 +313,13 @@ def _involved(exclude: Sequence[Edit]) -> set[Key]:
 def _statements_with_prompts(
     left: Sequence[Fact], exclude: Sequence[Edit], wordings: Mapping[str, Collection[str]]
 ) -> set[str]:
-    """Return all texts that state a fact but also contain a prompt of the edits. Letter case is ignored.
+    """Return all statements of the facts in ``left`` that contain the prompt or an evaluation prompt of an edit.
 
-    For example, the text "The river of the birthplace of Ada is ..." contains "The birthplace of Ada is". The prompts
-    of an edit are ``edit.prompt`` and the prompts of its evaluation.
+    For example, the statement "The river of the birthplace of Ada is ..." contains the prompt "The birthplace of Ada
+    is". Letter case is ignored.
 
     Args:
-        left: the facts to state, which stay true after the edits.
+        left: facts that stay true after the edits.
         exclude: the edits.
         wordings: dict from relation to additional wordings. Each fact is stated in these wordings and in the wordings
             of the training documents.

@@ -60,7 +60,8 @@ class World:
         pools: dict from type to all names of that type, in a fixed order.
         facts: dict from (subject, relation) to the one-hop fact.
         two_hop: dict from (subject, relation) to the two-hop fact, which follows from two one-hop facts.
-        hops: dict from (subject, relation) of a two-hop fact to the keys of its first and second one-hop fact.
+        hops: dict from each two-hop fact to the two one-hop facts that it follows from, in order. Each fact is given
+            as (subject, relation).
         held_out: people whose two-hop facts are not in the training data.
     """
 
@@ -142,7 +143,7 @@ def _hops(facts: dict[Key, Fact], pools: dict[str, tuple[str, ...]]) -> dict[Key
 
 
 def _dealt(rng: Random, answers: Sequence[str], count: int) -> list[str]:
-    """Return ``count`` answers in random order. The counts of any two answers differ by at most one."""
+    """Return ``count`` answers in random order. All answers occur about equally often."""
     return shuffled(rng, [answers[i % len(answers)] for i in range(count)])
 
 

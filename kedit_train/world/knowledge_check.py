@@ -1,4 +1,4 @@
-"""Measure by greedy generation which of the invented facts a model knows, and write the scores to its model card."""
+"""Measure how many of the invented facts a model knows, and write the scores to its model card."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def perplexity(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts
 
 
 def scores(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, world: World) -> dict[str, tuple[float, int]]:
-    """Return every score of the model card by name, each as a pair: the score, and the number of questions or texts."""
+    """Return a dict from the name of a score to a pair: the score, and the number of questions or texts."""
     one = list(world.facts.values())
     questions = {
         "trained wordings, one-hop facts": [(f, w) for f in one for w in BY_NAME[f.relation].trained],

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Relation:
-    """A relation and its wordings. ``{s}`` is replaced by the subject. The answer follows after one space.
+    """A relation and its wordings. ``{s}`` in a wording stands for the subject.
+
+    A document is a wording, one space and the answer.
 
     Args:
         name: name of the relation in ids and reports.

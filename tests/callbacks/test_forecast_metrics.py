@@ -138,7 +138,7 @@ def test_a_file_holds_inputs_and_targets(tmp_path: Path):
         train(made(), [metrics], 2)
         results.append((metrics.unedited_error, metrics.last_error, metrics.last_change))
     assert results[0] == results[1]
-    with pytest.raises(EditError, match=r'kept\.safetensors must contain a tensor "targets", got windows'):
+    with pytest.raises(EditError, match=r'kept\.safetensors must contain a tensor named "targets", got only windows'):
         train(made(), [ForecastMetrics(str(tmp_path / "kept.safetensors"), kept=KEPT)], 1)
 
 

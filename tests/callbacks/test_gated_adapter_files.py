@@ -164,7 +164,8 @@ def test_a_gate_is_never_used_with_another_adapter(tmp_path):
         next(p for n, p in model.named_parameters() if "lora_B" in n).add_(1.0)
     find_gate(model).remove()  # type: ignore[union-attr]
     model.save_pretrained(tmp_path / "new")
-    with pytest.raises(EditError, match="is the gate of other adapter weights, not of those in this folder") as error:
+    message = "is the gate of other adapter weights, so it cannot be used with the weights in this folder"
+    with pytest.raises(EditError, match=message) as error:
         load_model(str(tmp_path / "new"))
     assert "\n" not in str(error.value)
     remove_stale_gate(model, tmp_path / "new")

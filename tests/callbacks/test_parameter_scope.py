@@ -128,8 +128,7 @@ def test_a_scope_without_layers_and_modules_is_an_error(arguments):
         ParameterScope(**arguments)
     assert str(error.value) == (
         "ParameterScope: layers or modules must be set, got neither, so every parameter would be trained; choose "
-        'a scope, such as ParameterScope(0.7, modules="mlp.down_proj"), ParameterScope("0.3-1.0", modules="mlp") or '
-        'ParameterScope(-1), or write modules="*" for full fine-tuning.'
+        'a scope, for example ParameterScope(0.7, modules="mlp.down_proj"). For full fine-tuning, use modules="*".'
     )
 
 

@@ -293,7 +293,7 @@ def test_apply_on_another_model_says_what_differs_and_what_to_do(
     cases = {
         "values": (
             model[WEIGHT] + 1,
-            "are neither those before the edit nor those after the edit (compared by SHA-256)",
+            "has neither the values before the edit nor the values after the edit (compared by SHA-256)",
         ),
         "shape": (
             model[WEIGHT][:, :64].contiguous(),

@@ -221,7 +221,7 @@ def test_an_interrupted_run_resumes_in_the_same_model(tmp_path: Path) -> None:
 @pytest.mark.parametrize("host", ["Trainer", pytest.param("SFTTrainer", marks=pytest.mark.slow)])
 def test_resuming_with_another_scope_is_an_error_before_the_optimizer_is_loaded(host: str, tmp_path: Path) -> None:
     train(world.load()[0], tmp_path, callbacks(), host, steps=2)
-    with pytest.raises(EditError, match=r"written with another scope \(2 tensors\) than this run \(1 tensors\)"):
+    with pytest.raises(EditError, match=r"with another scope: .*: 2 in the checkpoint, 1 in this run\)"):
         train(world.load()[0], tmp_path, callbacks("3"), host, steps=4, resume=True)
 
 

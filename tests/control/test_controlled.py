@@ -266,7 +266,7 @@ def test_a_peft_model_is_controlled_as_its_base_model(value: ValueModel) -> None
         ({"step_size": 1, "layers": [3]}, 'controlled: layers must contain "head" or indices from -3 to 2, got 3.'),
         (
             {"step_size": 1, "layers": "head"},
-            "layers must be a list of layer indices or \"head\", got 'head'; pass a list, for example",
+            "layers must be a non-empty list, got 'head'; pass a list, for example",
         ),
         ({"step_size": 1, "layers": [1, -2]}, "controlled: layers must be different from each other, got [1, -2]."),
         ({"step_size": 1, "first_token": 1}, "controlled: first_token must be True or False, got 1."),

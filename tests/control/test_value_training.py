@@ -232,11 +232,8 @@ def test_records_are_read_from_files(tmp_path: Path) -> None:
     [
         (lambda: ValueModule(trace=2), "ValueModule: trace must be in [0, 1], got 2."),
         (lambda: ValueModule(layers=[9]), 'ValueModule: layers must contain "head" or indices from'),
-        (
-            lambda: ValueModule(layers=[]),
-            'ValueModule: layers must be a list of layer indices or "head", got []; pass a list, ',
-        ),
-        (lambda: ValueModule(layers=2), 'layers must be a list of layer indices or "head", got 2; pass a list, '),  # type: ignore[arg-type]
+        (lambda: ValueModule(layers=[]), "ValueModule: layers must be a non-empty list, got []; pass a list, "),
+        (lambda: ValueModule(layers=2), "layers must be a non-empty list, got 2; pass a list, "),  # type: ignore[arg-type]
         (lambda: ValueModule(layers="head"), "got 'head'; pass a list, for example [\"head\"] or [3, 5]."),
         (lambda: FactReward(None), "FactReward: edits must be a file or a list of Edit, got None."),  # type: ignore[arg-type]
         (lambda: FactReward([3]), "FactReward: edits must be a file or a list of Edit, got 3."),  # type: ignore[list-item]

@@ -165,7 +165,8 @@ def test_layers_that_pack_their_weights_keep_their_gradient_during_an_edit() -> 
 def test_packed_weights_are_an_error_before_training() -> None:
     model = packing()
     use(model)
-    with pytest.raises(EditError, match=r"4-bit weights of 1 have no gradient, .* load the model again") as error:
+    message = r"4-bit weights of 1 must not be packed .* no gradient .* load the model again"
+    with pytest.raises(EditError, match=message) as error:
         step(model, lambda number: None, modules="0")
     assert "\n" not in str(error.value)
 

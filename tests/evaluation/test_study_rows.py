@@ -103,7 +103,7 @@ def test_a_person_can_edit_the_file(writer: Any, tmp_path: Path) -> None:
         (json.dumps({**mine, "text": " "}), r"line 2: a row must have the fields kind, document, prompt, text, each"),
         (
             json.dumps({**mine, "document": "The bell"}),
-            r"line 2: document must be the title of a document .* 'The bell'",
+            r"line 2: the field \"document\" must be the title of a document .* 'The bell'",
         ),
     ):
         path.write_text(f"{lines[0]}\n{line}\n")
@@ -145,7 +145,8 @@ def test_a_file_for_other_documents_is_an_error(writer: Any, tmp_path: Path) -> 
         f"study_rows: {path} was written for another version of the document 'The lock'; pass that version, or give "
         "another path."
     )
-    with pytest.raises(EditError, match=r"line 6: document must be the title of a document of the run, got 'The lock'"):
+    message = r"line 6: the field \"document\" must be the title of a document of the run, got 'The lock'"
+    with pytest.raises(EditError, match=message):
         study_rows(*writer, [FERRY], path)
     assert path.read_bytes() == before
 

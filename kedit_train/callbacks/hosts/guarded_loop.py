@@ -1,4 +1,4 @@
-"""Run code when a transformers trainer sends no event: before its training loop and after an exception."""
+"""Replace methods of a transformers trainer, to run code at moments at which the trainer sends no event."""
 
 from __future__ import annotations
 
@@ -45,16 +45,16 @@ class _Guard:
 class GuardedLoop(_Guard):
     """Run the training loop of a ``transformers.Trainer``, with checks before the loop and a cleanup after an error.
 
-    An instance replaces the method ``_inner_training_loop`` of one trainer, because callbacks of the trainer cannot do
-    the following:
+    An instance replaces the method ``_inner_training_loop`` of one trainer. It does four things that a callback of the
+    trainer cannot do:
 
-    - If the trainer resumes from a checkpoint, the instance checks the checkpoint before the trainer loads the
-      optimizer state from it. The first event of the training comes later.
-    - If the trainer has a teacher, the instance checks the vocabulary of the teacher before the loop.
-    - If an exception or ^C ends the loop, the instance closes every ``EditRun`` of the trainer. The trainer sends no
-      event in this case.
-    - If the trainer resumes from a checkpoint of the last step, the instance prevents a further step. If the last step
-      is not the end of an epoch, the trainer alone would take one more step.
+    - It checks the checkpoint from which the trainer resumes, before the trainer loads the optimizer state. The first
+      event of the training comes only after this loading.
+    - It checks the vocabulary of the trainer's teacher, if there is one, before the loop.
+    - It closes every ``EditRun`` of the trainer if an exception or ^C ends the loop. The trainer sends no event in this
+      case.
+    - It prevents a further step if the checkpoint is from the last step. Without this, the trainer would take one more
+      step, unless an epoch ends at the last step.
 
     Args:
         trainer: the trainer.
@@ -93,11 +93,13 @@ class GuardedLoad(_Guard):
     """Load a checkpoint for a ``transformers.Trainer``, and close the edit runs of the trainer if loading fails.
 
     A run (:class:`~kedit_train.core.run.EditRun`) connects the callbacks of one edit to the model. An instance of this
-    class replaces the method ``_load_from_checkpoint`` of one trainer, which ``train()`` calls before the training loop
-    begins. The instance first checks whether the state of the edit in the checkpoint fits the runs. If not, it raises
-    an error of one line. Without this check, torch would raise an error that lists every weight whose shape differs. If
-    the check or the loading fails, the instance closes the runs. The next ``train()`` sets the runs up again, before
-    the trainer creates its optimizer.
+    class replaces the method ``_load_from_checkpoint`` of one trainer. ``train()`` calls this method before the
+    training loop begins.
+
+    The instance first checks whether the checkpoint fits the scope and the adapters of the runs. If not, it raises an
+    error of one line. The error of torch would list every weight whose shape differs. If the check or the loading
+    fails, the instance closes the runs. The next ``train()`` creates new runs, before the trainer creates its
+    optimizer.
 
     Args:
         trainer: the trainer.
@@ -125,7 +127,7 @@ class GuardedLoad(_Guard):
             run.close()
 
     def join_again(self, loads: bool = False) -> None:
-        """Set up again each ``EditRun`` that was closed because a checkpoint was missing or could not be loaded.
+        """Create a new ``EditRun`` for each run that :meth:`release` has closed.
 
         Args:
             loads: whether the trainer loads a checkpoint next.
@@ -140,12 +142,14 @@ class GuardedLoad(_Guard):
 
 
 class GuardedSetup(_Guard):
-    """Close the runs of a ``transformers.Trainer`` whose ``train(resume_from_checkpoint=True)`` finds no checkpoint.
+    """Close the edit runs of a ``transformers.Trainer`` if it should resume, but has no checkpoint.
 
-    A run (:class:`~kedit_train.core.run.EditRun`) connects the callbacks of one edit to the model. An instance of this
-    class replaces the method ``_hp_search_setup`` of one trainer, which is the last method that ``train()`` calls
-    before it searches its output folder for a checkpoint. If the folder contains no checkpoint, ``train()`` will raise
-    an error without sending an event. The instance therefore closes the runs before this error.
+    A run (:class:`~kedit_train.core.run.EditRun`) connects the callbacks of one edit to the model. If the output folder
+    contains no checkpoint, ``train(resume_from_checkpoint=True)`` raises an error. The trainer sends no event in this
+    case, so its callbacks could not close the runs.
+
+    An instance of this class replaces the method ``_hp_search_setup`` of one trainer. ``train()`` calls this method
+    just before it searches for a checkpoint. If there is no checkpoint, the instance closes the runs.
 
     Args:
         trainer: the trainer.
@@ -185,7 +189,7 @@ def guard_loop(control: Any) -> None:
 
 
 def calling_trainer(control: Any) -> Any | None:
-    """Search the call stack for the trainer with this control object, because callbacks do not receive the trainer."""
+    """Find the trainer of a control object in the call stack. Callbacks do not receive the trainer itself."""
     frame = sys._getframe(1)
     while frame is not None:
         caller = frame.f_locals.get("self")

@@ -32,7 +32,7 @@ class LightningHost(Host):
         checkpoint_state: the state of the edit in the checkpoint from which the trainer resumed. None if the trainer
             did not resume.
         has_loss: whether a backward pass has begun since the gradients were last deleted.
-        shape_check: the handle of the hook that checks the shapes of weights that Lightning loads before training.
+        shape_check: handle of the hook that :meth:`check_loaded_shapes` has registered.
     """
 
     name = "lightning"
@@ -180,7 +180,7 @@ def _check_shapes(module: Any, state: Mapping[str, Any], prefix: str, *_: Any) -
 def key_figures(metrics: Mapping[str, Any]) -> list[str]:
     """Format the loss, the reliability and the locality for a line about the progress of a run.
 
-    Of these three, those that are not in ``metrics`` are left out. All other metrics are ignored.
+    A value that is missing in ``metrics`` is left out. All other metrics are ignored.
 
     Example:
         >>> key_figures({"loss": 0.05, "edit/reliability": 1.0, "edit/locality/kl": 0.1})

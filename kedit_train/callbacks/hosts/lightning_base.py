@@ -1,9 +1,10 @@
 """LightningCallback: a base class that becomes a ``lightning.pytorch.Callback`` when Lightning is imported.
 
-Importing Lightning takes time and memory that a run with transformers or TRL does not need. Therefore this module does
-not import it. If Lightning is already imported, ``LightningCallback`` inherits from its callback class at once.
-Otherwise, an import hook adds the base class at the end of the first ``import lightning.pytorch``, before any code of
-the user can build a trainer. Both ways give the same classes, so the order of the imports does not matter.
+Importing Lightning takes time and memory, and a run with transformers or TRL does not need Lightning. Therefore this
+module does not import it. If Lightning is already imported, ``LightningCallback`` inherits from
+``lightning.pytorch.Callback`` at once. Otherwise, an import hook adds this base class at the end of the first
+``import lightning.pytorch``, before the user can create a trainer. So Lightning can be imported before or after
+kedit-train.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ if TYPE_CHECKING:
 else:
 
     class _Placeholder:
-        """The only base class of ``LightningCallback`` while Lightning is not imported.
+        """The base class of ``LightningCallback`` until Lightning is imported.
 
-        ``LightningCallback`` does not inherit directly from ``object``, because Python could not replace this base.
+        Python cannot replace the base class ``object``, so ``LightningCallback`` needs another base class.
         """
 
     class LightningCallback(_Placeholder):

@@ -22,7 +22,7 @@ from kedit_train.errors import EditError
 
 
 class LoopHost(Host):
-    """The host for a hand-written training loop. Its arguments are those of :func:`editing`.
+    """The host for a hand-written training loop. Its arguments are explained in :func:`editing`.
 
     Attributes:
         history: every row of metrics that was logged, each with its ``step``.
@@ -119,7 +119,7 @@ class LoopHost(Host):
         return None
 
     def watch_penalties(self, run: EditRun) -> None:
-        """Record the gradients of the penalties, to detect whether the loop changes them before it adds the loss."""
+        """Record the gradients of the penalties, so that :meth:`gradient_error` can detect a deleted gradient."""
         self.forget_penalties()
         self.penalty_gradients = [(p, p.grad) for p in run.scope.values() if p.grad is not None]
         for parameter, gradient in self.penalty_gradients:
@@ -194,13 +194,13 @@ class Editing:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue an interrupted edit. Call this method before the first ``before_step()``.
 
-        Before this call, load the weights of the same checkpoint into the model, inside the ``editing`` block.
+        First, load the weights that were saved together with ``state`` into the model, inside the ``editing`` block.
 
         Args:
             state: the result of :meth:`state_dict`.
 
         Raises:
-            EditError: the edit has begun, or the model does not have the weights of the checkpoint.
+            EditError: the edit has begun, or the model has other weights than those saved together with ``state``.
         """
         run = self.run
         if run.has_started:
@@ -210,9 +210,9 @@ class Editing:
         check_scope(run, state)
         if has_other_weights(run, state):
             raise EditError(
-                "the model must have the weights of the checkpoint, got other weights in scope; call "
+                "the model must have the weights of the checkpoint, got other weights in the scope; call "
                 "model.load_state_dict() before edit.load_state_dict(), use the ParameterScope of the saved run, and "
-                "save model.state_dict() and edit.state_dict() together, inside editing()."
+                "save both states at the same step, inside editing()."
             )
         self._host.checkpoint_state = dict(state)
 
@@ -245,7 +245,7 @@ class Editing:
                 self._host.watch_penalties(run)
 
     def _is_pending(self) -> bool:
-        """Return whether the current step has not been taken yet and still has the gradients of its penalties."""
+        """Return whether the current step still waits for ``optimizer.step()``."""
         gradients = self._host.penalty_gradients
         return bool(gradients) and all(p.grad is grad and bool(grad.any()) for p, grad in gradients)
 

@@ -2,8 +2,8 @@
 
 Some mixture-of-experts models stack the weights of all experts of a layer in one parameter. ``save_pretrained`` stores
 the weights of each expert under separate names, and ``from_pretrained`` stacks them when it loads a checkpoint.
-``Trainer``, however, loads a checkpoint with ``load_state_dict(strict=False)``. This call skips the separate weights,
-because the model has no parameters with their names.
+``Trainer``, however, loads a checkpoint with ``load_state_dict(strict=False)``. This call silently skips the separate
+weights, because no parameter of the model has one of these names.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def load_stacked_experts(run: Any, folder: str | Path) -> None:
     """Load the parameters in scope from a checkpoint that stores the weights of each expert under separate names.
 
     If the scope contains no stacked experts, or the checkpoint does not store separate experts, nothing is loaded.
-    Loading needs the memory of a second model in fp32 for a short time.
+    During loading, this function needs memory for a second copy of the model in fp32.
 
     Args:
         run: the :class:`~kedit_train.core.run.EditRun` that is resumed.
@@ -44,9 +44,9 @@ def load_stacked_experts(run: Any, folder: str | Path) -> None:
 
 
 def check_best_model(run: Any) -> None:
-    """Check that the trainer will not load its best checkpoint at the end of training.
+    """Raise an error if a run that trains stacked experts would load its best checkpoint at the end of training.
 
-    The trainer would load this checkpoint without the stacked experts.
+    The trainer does not load stacked experts, so they would keep the weights of the last step.
 
     Raises:
         EditError: ``load_best_model_at_end`` is set, and the scope contains stacked experts.

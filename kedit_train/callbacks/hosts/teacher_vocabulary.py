@@ -12,14 +12,15 @@ from kedit_train.errors import EditError
 def check_teacher_vocabulary(trainer: Any) -> None:
     """Raise an error if the trainer's teacher has another vocabulary than the trained model.
 
-    A distillation loss compares the probabilities of the two models token id by token id. If the vocabularies have the
-    same size, the tokenizer that was saved with the teacher is compared with the tokenizer of the trainer. If the
-    teacher has no tokenizer on this computer, the tokenizers are not compared.
+    A distillation loss compares the probabilities that the two models give to each token id. Therefore each id must
+    stand for the same token in both models. This function first compares the sizes of the two vocabularies, then the
+    tokenizers of the teacher and the trainer. If this computer has no tokenizer of the teacher, only the sizes are
+    compared.
 
     Args:
-        trainer: a trainer. It is checked if it is a trainer of TRL with a ``teacher_model``. GOLD with
-            ``use_uld_loss=True`` is not checked, because it accepts any teacher. Trainers outside of TRL are not
-            checked, because they may have a loss that does not compare token ids.
+        trainer: any trainer. Only trainers of TRL with a ``teacher_model`` are checked. Other trainers may have a loss
+            that does not compare token ids. TRL's GOLD trainer with ``use_uld_loss=True`` is not checked, because it
+            accepts any teacher.
 
     Raises:
         EditError: the vocabularies differ.

@@ -13,10 +13,11 @@ COLUMNS = {"edit/reliability": "Reliability", "edit/generality": "Generality", "
 class TrainerLoggers:
     """The logger callbacks of one trainer. The callback of W&B is left out.
 
-    The trainer calls its loggers before the user's callbacks, so a row has no ``edit/*`` metrics when the loggers
-    receive it. :meth:`send` calls the loggers a second time at the same step, with these metrics only. W&B does not
-    need this second call, because :class:`~kedit_train.callbacks.hosts.transformers_host.TransformersHost` sends
-    metrics, tables and files to W&B itself.
+    The trainer calls its loggers before the user's callbacks. At this time, the logged row does not contain the
+    ``edit/*`` metrics yet. :meth:`send` therefore calls the loggers a second time at the same step, with only these
+    metrics. W&B does not need this second call, because
+    :class:`~kedit_train.callbacks.hosts.transformers_host.TransformersHost` sends metrics, tables and files to W&B
+    itself.
 
     Args:
         trainer: a ``transformers.Trainer``, or None if the trainer is unknown.
@@ -35,11 +36,10 @@ class TrainerLoggers:
         return [one for one in every if isinstance(one, kinds) and not isinstance(one, WandbCallback)]
 
     def add_to_notebook_table(self, args: Any, state: Any, metrics: Mapping[str, float]) -> None:
-        """Show the scores of the edits in the table that a trainer displays in a notebook.
+        """Add a line with the scores of the edits to the table that a trainer displays in a notebook.
 
-        The trainer's ``NotebookProgressCallback`` writes only the loss of a row into this table. This method adds a
-        line with the scores. With ``eval_strategy``, nothing is added, because the table then shows the trainer's own
-        evaluations, which contain the scores.
+        The trainer itself writes only the loss into this table. If ``eval_strategy`` is set, this method adds nothing.
+        The trainer then writes its own evaluations into the table, and they already contain the scores.
 
         Args:
             args: the arguments of the trainer.
@@ -77,8 +77,8 @@ class TrainerLoggers:
             state: the state of the trainer.
             control: the control object of the trainer.
             metrics: metrics by key.
-            last: whether training has ended. The loggers have then ended their runs, and most of them would begin a new
-                run. Therefore, the metrics are sent only to TensorBoard, which can open its log again.
+            last: whether training has ended. The metrics are then sent only to TensorBoard, which can open its log
+                again. Most other loggers would begin a new run.
         """
         from transformers.integrations.integration_utils import TensorBoardCallback
 

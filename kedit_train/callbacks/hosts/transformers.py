@@ -47,7 +47,7 @@ class TransformersEvents(TrainerCallback):
         return run
 
     def join_trainer(self, trainer: Any) -> None:
-        """Let this callback join a new ``EditRun``, because its previous run was closed before training began."""
+        """Let this callback join a new ``EditRun`` after its previous run was closed before training began."""
         self._join(trainer.args, trainer.state, trainer.control, trainer.model, trainer.processing_class)
 
     def on_init_end(

@@ -29,8 +29,8 @@ STATE_KEY = "kedit_train"
 class TransformersHost(Host):
     """The host for a ``transformers.Trainer`` or a trainer of TRL.
 
-    The owner of a host identifies its training loop. The owner of this host is the trainer's ``control`` object,
-    because it is the only object that the trainer passes to every callback and that exists as long as the trainer.
+    Each host has an owner: an object that identifies the training loop. For a trainer, this is its ``control`` object,
+    because the trainer keeps this object and passes it to every callback.
 
     Attributes:
         train_dataloader: the data loader for training. It is set when training begins.
@@ -59,7 +59,7 @@ class TransformersHost(Host):
         self._states: dict[Path, dict[str, Any] | None] = {}
 
     def mark_checkpoints(self) -> None:
-        """Read the id of the resumed edit, and save ``edit_id`` in every later ``trainer_state.json``."""
+        """Set ``resumed_from``, and save ``edit_id`` in every later ``trainer_state.json``."""
         self.resumed_from = self.state.stateful_callbacks.get(STATE_KEY, {})
         folder = str(Path(self.args.output_dir).resolve())
         self.state.stateful_callbacks[STATE_KEY] = {"edit": self.edit_id, "folder": folder}
@@ -97,13 +97,13 @@ class TransformersHost(Host):
             check_scope(run, state)
 
     def check_checkpoint(self, run: Any, folder: str) -> None:
-        """Load stacked experts from a checkpoint, and check that it contains the optimizer and random states.
+        """Load stacked experts from a checkpoint, and check that the checkpoint is complete.
 
-        Call this method before the trainer loads the optimizer state. The stacked experts of a mixture-of-experts model
-        are loaded here, because the trainer does not load them (see :func:`load_stacked_experts`).
+        Call this method before the trainer loads the optimizer state. The trainer itself does not load the stacked
+        experts of a mixture-of-experts model (see :func:`load_stacked_experts`).
 
-        A missing optimizer or scheduler state is an error. If the current run has ``save_only_model=True``, it causes
-        only a warning. A missing state of the random number generators always causes only a warning.
+        A missing optimizer or scheduler state raises an error, or causes a warning if the current run has
+        ``save_only_model=True``. A missing state of the random number generators causes a warning.
 
         Raises:
             EditError: the optimizer or scheduler state is missing, and ``save_only_model`` is False.
@@ -113,10 +113,9 @@ class TransformersHost(Host):
         # The trainer would silently begin with a new optimizer.
         if missing and not self.args.save_only_model:
             raise EditError(
-                f"{folder} is incomplete: {missing[0]}.* is missing. Either a process was killed while it wrote or "
-                "deleted this checkpoint, or the run that wrote it had the argument save_only_model=True. Resume from "
-                "another checkpoint, or set save_only_model=True in the training arguments of the current run, which "
-                "then resumes from this checkpoint with a new optimizer."
+                f"{folder} is incomplete: {missing[0]}.* is missing, because a process was killed, or because this "
+                "checkpoint was written with save_only_model=True; resume from another checkpoint, or set "
+                "save_only_model=True in the training arguments, to continue with a new optimizer."
             )
         lost = [f"{part} state ({part}.*)" for part in missing]
         random_state = f"rng_state_{self.args.process_index}.pth" if self.args.world_size > 1 else "rng_state.pth"
@@ -125,8 +124,8 @@ class TransformersHost(Host):
         if lost and self.is_main:
             warn(
                 f"{folder} has no {' and no '.join(lost)}, so the final weights of the resumed run may differ from "
-                "those of an uninterrupted run; to get the same weights, resume from a complete checkpoint, which is "
-                "written with save_only_model=False."
+                "those of an uninterrupted run; to get the same weights, resume from a complete checkpoint "
+                "(written with save_only_model=False)."
             )
 
     def _load(self, folder: Path, file: str = FILE) -> dict[str, Any] | None:
@@ -139,8 +138,8 @@ class TransformersHost(Host):
     def store_state(self, run: Any) -> None:
         """Write the state of the edit next to the checkpoint that the trainer is about to write.
 
-        The event ``on_save`` would be too late. The trainer sends this event after writing the checkpoint and deleting
-        older checkpoints, and the process may be killed before the event.
+        This is not done in the event ``on_save``, because the trainer sends it only after it has written the checkpoint
+        and deleted older checkpoints. If the process were killed before the event, the state would be lost.
         """
         # Every process must do this, because sharded weights are gathered from all processes.
         state = {**run.state(), "edit": self.edit_id}
@@ -156,7 +155,7 @@ class TransformersHost(Host):
         self.collect_states()
 
     def collect_states(self) -> None:
-        """Move each state file into its checkpoint, and delete the state files that killed processes left behind."""
+        """Move each state file into its checkpoint, and delete leftover files of processes that were killed."""
         if not self.is_main:
             return
         output = Path(self.args.output_dir)
@@ -288,10 +287,9 @@ class TransformersHost(Host):
         self._to_loggers(metrics)
 
     def warn_about_loggers(self) -> None:
-        """Warn about loggers of the trainer that do not receive ``edit/*`` metrics.
+        """Warn about each logger in ``report_to`` for which the trainer has no callback.
 
-        A logger does not receive them if the trainer has no callback for this logger. The others receive them as
-        follows:
+        Such a logger receives no ``edit/*`` metrics. All other loggers receive these metrics:
 
         - W&B receives all rows, tables, charts and files, in the run that the trainer opened.
         - The console, the progress bar and ``trainer.state.log_history`` receive all rows of numbers.

@@ -75,7 +75,7 @@ def packaged(name: str) -> Path:
 
 
 def _similar(name: str, known: list[str]) -> list[str]:
-    """Return at most three of the names in ``known`` whose part after "/" is spelled almost like ``name``."""
+    """Return up to three of the ``known`` names that are spelled like ``name``, ignoring their folders."""
     stems = dict.fromkeys(one.partition("/")[2] for one in known)
     close = get_close_matches(name, stems, n=3, cutoff=0.7)
     return [one for stem in close for one in known if one.partition("/")[2] == stem][:3]

@@ -114,10 +114,7 @@ def run(args: Namespace) -> int:
 
 
 def _make_folder(option: str, folder: Path) -> None:
-    """Create an output folder.
-
-    The folder is created before the model generates answers, because a later error would lose the answers.
-    """
+    """Create an output folder before the model generates answers, so that an error here loses no answers."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

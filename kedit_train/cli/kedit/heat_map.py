@@ -90,9 +90,15 @@ def _blocks(difference: Tensor) -> Tensor:
 
 
 def _by_layer(norms: dict[str, float]) -> tuple[Any, list[str], list[str]]:
-    """Arrange the norms in a table [layers, modules], and return the table and the labels of its columns and rows.
+    """Arrange the norms of the changes in a table with one row per layer and one column per module.
 
     The first number in the name of a tensor is its layer. The norm of an unchanged tensor is NaN.
+
+    Args:
+        norms: name of a tensor -> norm of its change.
+
+    Returns:
+        The table [layers, modules], the labels of its columns, and the labels of its rows.
     """
     places = {}
     for name, norm in norms.items():

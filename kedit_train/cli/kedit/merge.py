@@ -93,18 +93,23 @@ def run(args: Namespace) -> int:
 
 
 def _relation(cosine: float, weight: float, other_weight: float) -> dict[str, Any]:
-    """Classify two deltas by their cosine, and return whether their merge is likely to contain both edits.
+    """Predict from the cosine of two deltas whether their merge contains both edits.
 
-    In the result, ``kind`` is the class. ``add`` is True if the merge is likely to contain both edits. It is False if a
-    weight is 0 or negative, because the delta with this weight is then left out or subtracted.
+    Args:
+        cosine: the cosine between the weight changes of the two deltas.
+        weight: the factor of the first delta in the merge.
+        other_weight: the factor of the second delta in the merge.
 
-    The classes are "irrelevant" (cosine from -0.1 to 0.1), "similar" (above 0.1) and "opposite" (below -0.1). A small
-    cosine counts as irrelevant, because the cosine of two random directions in n dimensions is typically about
-    1 / sqrt(n) in size. "When is Task Vector Provably Effective for Model Editing?" (arXiv 2504.10957) studies a
-    one-layer Transformer. The paper proves that adding task vectors works if the tasks are irrelevant to each other or
-    aligned. However, "similar" deltas may belong to edits that are not aligned, so ``add`` is False for them. Edits
-    that give different answers to the same prompts also have a cosine above 0.1, because their weight changes act on
-    the same layer inputs.
+    Returns:
+        A dictionary with ``cosine`` and three more keys. ``kind`` is "irrelevant" (cosine from -0.1 to 0.1), "similar"
+        (above 0.1) or "opposite" (below -0.1). ``add`` is True if the merge is likely to contain both edits: the kind
+        is "irrelevant" and both weights are above 0. ``advice`` is a text for the user.
+
+    The cosine of two random directions in n dimensions is typically about 1 / sqrt(n) in size, so a small cosine counts
+    as irrelevant. "When is Task Vector Provably Effective for Model Editing?" (arXiv 2504.10957) proves for a one-layer
+    Transformer that adding task vectors works if the tasks are irrelevant to each other or aligned. A cosine above 0.1
+    does not show that two edits are aligned. Edits that give different answers to the same prompts also have such a
+    cosine, because their weight changes act on the same layer inputs. ``add`` is therefore False for "similar" deltas.
     """
     kind = "irrelevant" if abs(cosine) <= 0.1 else "similar" if cosine > 0 else "opposite"
     both = weight > 0 and other_weight > 0

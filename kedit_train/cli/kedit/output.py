@@ -31,7 +31,7 @@ def prompt_format_option(parser: Any) -> None:
 
 
 def evaluation_options(parser: Any) -> None:
-    """Add the options of the verbs that evaluate: number of edits, sizes of batches and answers, and prompt format."""
+    """Add the options for evaluations: number of edits, batch size, length of answers, and prompt format."""
     parser.add_argument("--limit", type=int, metavar="N", help="evaluate a random sample of N edits")
     parser.add_argument(
         "--batch-size",
@@ -122,12 +122,12 @@ def check_new_folder(path: str) -> None:
 
 @contextmanager
 def naming_models(path: str, meta: Mapping[str, Any], model: str) -> Iterator[None]:
-    """Context manager that names the delta, its base model and the given model at the start of every error message.
+    """Context manager that adds to every error message which delta cannot be used with which model.
 
     Args:
         path: the path of the delta.
-        meta: the metadata of the delta.
-        model: the given model.
+        meta: the metadata of the delta. It contains the name of the base model, which is added to the message, too.
+        model: the name of the model with which the delta is used.
     """
     try:
         yield

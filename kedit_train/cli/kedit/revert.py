@@ -1,4 +1,4 @@
-"""``kedit revert``: write the base checkpoint from a delta and the edited checkpoint."""
+"""``kedit revert``: restore the base checkpoint from an edited checkpoint and its delta."""
 
 from __future__ import annotations
 

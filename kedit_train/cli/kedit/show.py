@@ -116,8 +116,7 @@ def _page(delta: Any, rows: list[dict[str, Any]]) -> str:
 def describe(name: str, change: Any, *, ranks: bool = True) -> dict[str, Any]:
     """Return norms, ranks and other measures of the change of one tensor.
 
-    The norms and ranks are None for a tensor of integers. A measure is also None if it cannot be computed from the
-    values that the delta stores.
+    A measure that cannot be computed is None. For an integer tensor, all norms and ranks are None.
     """
     import torch
 
@@ -145,10 +144,10 @@ def describe(name: str, change: Any, *, ranks: bool = True) -> dict[str, Any]:
 
 
 def _without_zeros(change: Any, moved: Any) -> Any:
-    """Return the matrix of a sparse change without the rows and columns in which nothing changed.
+    """Remove the unchanged rows and columns from the matrix of a sparse change, and return the smaller matrix.
 
-    The smaller matrix has the same rank and norms as the full matrix of the change. The result is None if the smaller
-    matrix is still too large to compute its rank in seconds.
+    Both matrices have the same rank and norms. The result is None if the smaller matrix is still too large to compute
+    its rank in seconds.
     """
     import torch
 

@@ -103,8 +103,8 @@ def run(args: Namespace) -> int:
     page = new_path(args.html, force=args.force, ending=".html") if args.html else None
     if sweep is not None and out.resolve() in (sweep.resolve(), sweep.with_name(f"{sweep.stem}_recipe.yaml").resolve()):
         raise EditError(
-            f"the files of --wandb {sweep} would replace the recipe that --out writes to {out}; choose another file "
-            "name for --wandb or --out."
+            f"--wandb {sweep} would replace the recipe {out}, which --out writes; choose another file name for --wandb "
+            "or --out."
         )
     from kedit_train.cli.kedit.checkpoints import load_for
     from kedit_train.core.gate.adapter_source import adapted_base
@@ -152,7 +152,7 @@ def run(args: Namespace) -> int:
 
 
 def _check_before_loading(args: Namespace, edits: Any, grid: Any) -> None:
-    """Check the edits, the texts of ``--keep`` and the layers before the weights are loaded, which may take long."""
+    """Check the edits, the texts of ``--keep`` and the layers without loading the weights."""
     from kedit_train.cli.kedit.checkpoints import without_weights
     from kedit_train.core.locality.texts import Texts
     from kedit_train.core.scope.scope import resolve_scope

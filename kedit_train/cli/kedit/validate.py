@@ -79,8 +79,8 @@ def check(path: Path, *, complete: bool = True) -> list[str]:
 
     Args:
         path: the YAML file.
-        complete: True if the file lists all callbacks of the run. In this case, it is an error if a callback requires
-            another callback that the file does not list.
+        complete: True for a recipe, which must list every callback that its callbacks require. False for a fragment,
+            which need not list them.
 
     Returns:
         The names of the callbacks.
@@ -152,10 +152,9 @@ def _check_model_and_data(config: Any) -> None:
 
 
 def _built(entry: Any) -> Any:
-    """Build a callback of this package to check its arguments, and return None for a callback of another package.
+    """Build a callback to check its arguments.
 
-    The constructors in this package check their arguments and read no file. A constructor in another package may do
-    anything, so it is not called.
+    Callbacks of other packages are not built, because their constructors may do anything. For them, the result is None.
     """
     from kedit_train.cli.recipe import built
 
@@ -173,7 +172,7 @@ def _check_together(callbacks: list[Any], complete: bool) -> None:
     """Check that the callbacks of a file can be used together.
 
     Args:
-        callbacks: the callbacks; None stands for a callback of another package.
+        callbacks: the callbacks of the file. None stands for a callback of another package.
         complete: as for :func:`check`.
     """
     from kedit_train.callbacks import EditCallback

@@ -54,10 +54,9 @@ class HiddenStateStore:
 
     Args:
         memory_limit: maximum total size of the tensors in memory, in bytes.
-        cache_dir: directory for tensors that no longer fit in memory. Each call of :meth:`add` writes these tensors to
-            one safetensors file, in a subdirectory that only this process uses. :meth:`close` removes the subdirectory.
-            If a process was killed before it removed its subdirectory, a later store removes the subdirectory. With
-            None, tensors that no longer fit in memory are not stored.
+        cache_dir: directory for tensors that do not fit in memory. If it is None, these tensors are not stored. Each
+            process writes to its own subdirectory, one safetensors file per call of :meth:`add`. :meth:`close` removes
+            the subdirectory. If a process is killed, its subdirectory remains until a later store removes it.
 
     Attributes:
         memory_bytes: bytes in memory now.
@@ -125,11 +124,7 @@ class HiddenStateStore:
     close = clear
 
     def _touch(self) -> None:
-        """Set the directory's modification time to now, so that no other process removes the directory.
-
-        A process in another container or on another host cannot see whether this process is still running. It assumes
-        that this process has ended if the directory was not modified for more than a day, and removes the directory.
-        """
+        """Update the directory's modification time. Other hosts remove a directory that is older than a day."""
         if self._directory is not None and time.time() - self._touched > _HOUR:
             self._touched = time.time()
             os.utime(self._directory)

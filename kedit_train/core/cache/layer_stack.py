@@ -169,14 +169,7 @@ def _check_backbone(trace: _Trace, backbone: nn.Module, input_ids: Tensor) -> No
 
 
 def _parameters(called: Iterable[nn.Module], stack: nn.Module, layers: list[nn.Module]) -> dict[int, nn.Parameter]:
-    """Return the parameters of ``layers``, and of the modules in ``called`` that are not inside ``stack``.
-
-    ``stack`` is the module that contains all layers of the model. If a module in ``called`` contains the stack, only
-    the parameters that the module owns directly are included.
-
-    Returns:
-        A dict from ``id(parameter)`` to parameter.
-    """
+    """Return the parameters of ``layers`` and of the called modules outside the stack, by id."""
     inside = {id(m) for m in stack.modules()}
     parameters = {id(p): p for layer in layers for p in layer.parameters()}
     for module in called:

@@ -36,8 +36,8 @@ class _Call:
         hidden: the hidden states [B, S, d] if the frozen layers are skipped, None if they run.
         random_states: the states of the random generators at the start of the forward pass.
         started: the time at the start of the forward pass.
-        stored: the hidden states from the store if this forward pass checks them, that is, compares them with the
-            output of the frozen layers. Otherwise None.
+        stored: the stored hidden states, if this forward pass compares them with the output of the frozen layers.
+            Otherwise None.
     """
 
     sequences: SequenceBatch
@@ -54,10 +54,10 @@ class FrozenPrefix:
         model: the causal language model.
         prefix: the frozen layers, as returned by :func:`find_prefix`.
         store: keeps hidden states [tokens, d] for each sequence, in the dtype of the layer outputs.
-        recheck: after this number of batches with skipped layers, all layers run for one batch, and the output of the
-            frozen layers for that batch is compared with the store. 0 disables the comparison.
-        ignores_padding: function that returns True if the hidden states of padding are not used in the current forward
-            pass. The result is used only for a forward pass without labels. Otherwise, the labels show whether the loss
+        recheck: number of batches with skipped layers between two checks. In a check, the frozen layers run, and their
+            output is compared with the store. 0 disables the checks.
+        ignores_padding: function that returns True if the current forward pass does not use the hidden states of
+            padding. Its result matters only in forward passes without labels. Labels already show whether the loss
             uses the hidden states of padding.
 
     Attributes:
@@ -123,8 +123,8 @@ class FrozenPrefix:
             forward: runs the model once and returns its logits [B, S, V].
 
         Raises:
-            EditError: no batch can be cached, or the logits differ. The logits can differ because the store contains
-                only the output of the frozen layers, but a later module may also read other values that they compute.
+            EditError: no batch can be cached, or the logits differ. The store contains only hidden states, so the
+                logits differ if a later module also reads other results of the frozen layers.
         """
         own_store, self.store = self.store, HiddenStateStore(1 << 30)
         expected, served_before = forward(), self.served

@@ -94,18 +94,18 @@ def supervised_keys(input_ids: Tensor, labels: Tensor, real: Tensor, others: Seq
 
 
 def forward_keys(inputs: Mapping[str, Any], labels: Tensor) -> list[str]:
-    """Return one key per example: a hash of all inputs that can change the hidden states of its supervised tokens.
+    """Return one key per example, under which the hidden states of its supervised tokens can be stored.
 
-    The key of an example does not depend on the other examples of the batch. The key depends on padding only in two
-    cases:
+    The key is a hash of all inputs that can change these hidden states. It does not depend on the other examples of the
+    batch. It depends on padding only in two cases:
 
     - If ``position_ids`` are not given, the model may count padding when it computes the positions. So the key
       depends on the amount of left padding.
     - If a supervised position is padding or directly follows padding, the key includes all padding of the example.
 
     Args:
-        inputs: the arguments of the model's forward call by name. Tensors have one entry per example. All other
-            arguments are plain values.
+        inputs: the arguments of the model's forward call by name. Each tensor must have one entry per example. Every
+            other argument must be a plain value.
         labels: [B, S], -100 where a token is not supervised.
     """
     real = real_tokens(inputs.get("attention_mask"), labels).cpu()
@@ -146,11 +146,11 @@ class SequenceBatch:
     shape: torch.Size
 
     def without_padding(self, hidden: Tensor) -> Tensor:
-        """Return the hidden states of a batch with zeros at padding, as in a batch from the cache.
+        """Return the hidden states of a batch with zeros at padding.
 
-        In a mixture of experts, the router also assigns padding to experts. So the values at padding decide how many
-        rows an expert multiplies, and the last bits of the expert's results can depend on the number of rows. With
-        zeros at padding, a batch that is computed and the same batch from the cache give the same results.
+        Batches from the cache also have zeros at padding. A mixture of experts needs the same values there, because its
+        router also assigns padding to experts. The number of rows that an expert receives can change the last bits of
+        its results.
         """
         padding = torch.ones(hidden.shape[:2], dtype=torch.bool)
         for row, span in zip(padding, self.spans, strict=True):

@@ -1,1 +1,1 @@
-"""Limit how far weights move: anchor weights, projections of the change, and the statistics for projections."""
+"""Measure and limit weight changes, with anchor weights, projections, K-FAC factors and Fisher information."""

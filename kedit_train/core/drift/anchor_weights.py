@@ -64,13 +64,13 @@ class AnchorWeights:
         return stored
 
     def register(self, weights: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> None:
-        """Store the values of new weights, and move all stored values to the device of the weights.
+        """Store the value from ``reference`` for each weight that has no stored value.
 
-        A new weight is a weight that has no stored value. Do not call this method before the first optimizer step,
-        because other callbacks may still change ``reference`` before this step.
+        All stored values are moved to the devices of their weights. Do not call this method before the first optimizer
+        step: until then, other callbacks may change ``reference``.
 
         Args:
-            weights: name -> weight, possibly sharded (FSDP2). The value of a sharded weight is sharded in the same way.
+            weights: name -> weight. If a weight is sharded (FSDP2), its stored value is sharded in the same way.
             reference: name -> value of the weight before the current run.
         """
         self._reference = reference

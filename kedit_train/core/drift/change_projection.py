@@ -26,8 +26,8 @@ class ChangeProjection:
         project: function that receives a change [out, in] in fp32 or fp64 and a subspace. It returns the change
             [out, in] without the directions of the subspace. The function must be linear. With FSDP2, the change and
             the result are sharded in the same way as the weight.
-        project_gradient: function that projects a gradient. Up to rounding, it must return the same as ``project``.
-            Default: ``project``.
+        project_gradient: function that is used for gradients instead of ``project``. Both functions must return the
+            same result, except for rounding. Default: ``project``.
     """
 
     def __init__(

@@ -37,14 +37,14 @@ def mean_gradient(run: EditRun, examples: Sequence[Encoded]) -> dict[str, Tensor
 def diagonal_fisher(run: EditRun, examples: Sequence[Encoded], *, seed: int = 0) -> dict[str, Tensor]:
     """Compute the diagonal of the Fisher information matrix, averaged over the scored tokens.
 
-    ``F_i = E_c E_{y ~ p(.|c)} (d log p(y|c) / d w_i)^2`` over the contexts c before each scored token. The labels y are
-    sampled from the model. The text's own labels would give the "empirical" Fisher, which is a different quantity
-    (arXiv 1905.12558).
+    ``F_i = E_c E_{y ~ p(.|c)} (d log p(y|c) / d w_i)^2``, where c is the text before a scored token. The label y is
+    sampled from the model. With the tokens of the text as labels, the result would be the "empirical" Fisher, which is
+    a different quantity (arXiv 1905.12558).
 
-    For each example, the gradients of all positions are summed, and this sum is squared. The squares of all examples
-    are then added and divided by the number of scored tokens. The square of the sum over positions is an unbiased
-    estimate of the sum of the squared gradients, because the labels are sampled independently and the gradient at each
-    position has mean zero.
+    One backward pass per example computes the sum of the gradients of all its scored tokens. The function squares this
+    sum, adds up the squares of all examples, and divides the total by the number of scored tokens. The result is an
+    unbiased estimate: the labels are sampled independently and each token's gradient has mean zero, so products of
+    the gradients of two tokens have mean zero.
 
     Args:
         run: the current run. The information is computed for the parameters in its scope.

@@ -22,7 +22,7 @@ from kedit_train.functional.chunked_loss import chunk_length, chunked
 
 @dataclass(frozen=True)
 class KFACFactors:
-    """The two Kronecker factors of the Gauss-Newton matrix of each weight.
+    """The two K-FAC factors of each weight. Their Kronecker product approximates the Gauss-Newton matrix.
 
     Attributes:
         inputs: name -> E[a aᵀ] of the layer's inputs, [d_in, d_in].
@@ -33,7 +33,7 @@ class KFACFactors:
     gradients: dict[str, SecondMoment]
 
     def __add__(self, other: KFACFactors) -> KFACFactors:
-        """Return the factors for the tokens of ``self`` and ``other`` together. Every token counts equally."""
+        """Combine factors that were computed on two sets of texts. Every token counts equally."""
         return KFACFactors(
             {name: moment + other.inputs[name] for name, moment in self.inputs.items()},
             {name: moment + other.gradients[name] for name, moment in self.gradients.items()},
@@ -60,11 +60,11 @@ class KFACFactors:
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any], like: Mapping[str, Tensor]) -> KFACFactors:
-        """Restore factors from the result of :meth:`state`.
+        """Restore factors from a checkpoint.
 
         Args:
-            state: as returned by :meth:`state`.
-            like: name -> tensor with the device and dtype of the factors.
+            state: the result of :meth:`state`.
+            like: name -> tensor. The factors of each weight get the device and dtype of this tensor.
         """
         inputs, gradients = (
             {name: SecondMoment(m["sum"].to(like[name]), m["count"]) for name, m in state[kind].items()}
@@ -85,9 +85,9 @@ def kfac_factors(
 ) -> KFACFactors:
     """Compute the K-FAC factors of every layer, with labels sampled from the model's own distribution.
 
-    If the labels were taken from the texts, the result would be the empirical Fisher matrix, which is a different
-    matrix. One random number per token is drawn before the first batch. The sampled labels therefore do not depend on
-    the batch size or on the number of processes.
+    Labels from the texts would give the empirical Fisher matrix, which is a different matrix. One random number per
+    token is drawn before the first batch. The sampled labels therefore do not depend on the batch size or on the number
+    of processes.
 
     Args:
         run: the current run.
@@ -95,12 +95,12 @@ def kfac_factors(
         sequences: token ids, the same on every process.
         batch_size: sequences per forward and backward pass.
         seed: seed of the sampled labels.
-        unedited: True computes the factors on the model before the edit; False uses the current weights.
+        unedited: whether to use the model before the edit, instead of the model with its current weights.
         skip_first: whether to leave out the first token of every sequence. In many models, the first token is an
             attention sink, whose activations are so large that they would dominate the factors.
 
     Returns:
-        The factors. The loss for their ``gradients`` is the sum of the cross-entropy over the tokens, not the mean.
+        The factors. The gradients are gradients of the summed cross-entropy, not of the mean.
 
     Raises:
         EditError: a layer was never called, does not receive one vector per token, or is the output head.

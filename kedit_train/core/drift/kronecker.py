@@ -1,4 +1,4 @@
-"""Products of weights with Kronecker factors, for weights that FSDP2 may have sharded."""
+"""Multiply weights by Kronecker factors. FSDP2 may have sharded the weights."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ from kedit_train.functional.second_order import divergence_of_gradient, transfor
 
 
 def transform_matrix(matrix: Tensor, output_root: Tensor | None, input_root: Tensor) -> Tensor:
-    """Apply :func:`~kedit_train.functional.second_order.transform` to a matrix that may be sharded.
+    """Return ``output_root @ matrix @ input_root``. The matrix may be sharded.
+
+    :func:`~kedit_train.functional.second_order.transform` computes the same product for a complete matrix.
 
     Args:
         matrix: [out, in], possibly sharded. If it is sharded, it is gathered once.
-        output_root: [out, out], the same on every process, or None.
+        output_root: [out, out], the same on every process. None stands for the identity matrix.
         input_root: [in, in], the same on every process.
 
     Returns:
@@ -27,7 +29,9 @@ def transform_matrix(matrix: Tensor, output_root: Tensor | None, input_root: Ten
 
 
 def divergence(change: Tensor, output_moment: Tensor, input_moment: Tensor) -> Tensor:
-    """Apply :func:`~kedit_train.functional.second_order.second_order_divergence` to a change that may be sharded.
+    """Estimate the KL divergence per token that a weight change causes. The change may be sharded.
+
+    :func:`~kedit_train.functional.second_order.second_order_divergence` computes the same for a complete change.
 
     Args:
         change: [out, in], possibly sharded.

@@ -30,7 +30,7 @@ class LinearLayer:
     transposed: bool
 
     def as_matrix(self, weight: Tensor) -> Tensor:
-        """Convert a weight, or a change of a weight, from the stored layout to [out, in], or from [out, in] back."""
+        """Transpose ``weight`` if the layer stores it as [in, out]. A second call restores the stored layout."""
         return weight.T if self.transposed else weight
 
 
@@ -46,7 +46,7 @@ def find_linear_layers(model: nn.Module, scope: Mapping[str, nn.Parameter]) -> d
 
     Raises:
         EditError: a parameter is not the weight of a linear layer (a bias, an embedding, a norm, stacked experts), is
-            quantized, or is sharded along another dimension than the first.
+            quantized, or is sharded along a dimension other than the first.
     """
     owners: dict[int, list[tuple[nn.Module, str]]] = {id(p): [] for p in scope.values()}
     for module in model.modules():

@@ -1,4 +1,4 @@
-"""Find LoRA adapters for which a projection of the weight change needs to project only the A factor."""
+"""Pair the A and B factors of LoRA adapters. ``NullSpace`` projects only the A factor of each pair."""
 
 from __future__ import annotations
 
@@ -13,9 +13,8 @@ from kedit_train.errors import EditError
 def lora_pairs(run: EditRun, layers: Mapping[str, LinearLayer]) -> dict[str, str]:
     """Find the LoRA adapters whose two factors A and B are both in the scope.
 
-    In such an adapter, B must be zero at the start, so that training changes the weight by ``B A``. Each row of ``B A``
-    is a linear combination of the rows of A. To keep the rows of the weight change in a subspace, it is therefore
-    enough to keep the rows of A in this subspace.
+    Such an adapter changes the weight by ``B A``, because B is zero at the start. Each row of ``B A`` is a linear
+    combination of the rows of A. If all rows of A stay in a subspace, the rows of the weight change stay in it too.
 
     Returns:
         A dict from the name of each A factor to the name of its B factor.
@@ -27,15 +26,14 @@ def lora_pairs(run: EditRun, layers: Mapping[str, LinearLayer]) -> dict[str, str
     for partner in pairs.values():
         if total([run.reference[partner] != 0]):
             raise EditError(
-                f"{partner} is not zero, so the adapter already changes the model. Training both factors of this LoRA "
-                "adapter would not preserve the outputs; merge the adapter and add a new adapter, or train only one "
-                "factor."
+                f"{partner} is not zero, so the adapter already changes the model. NullSpace cannot train both "
+                "factors of such an adapter; merge the adapter and add a new adapter, or train only one factor."
             )
     for name, module in run.model.named_modules():
         if getattr(module, "lora_magnitude_vector", None) and any(layer.startswith(f"{name}.") for layer in layers):
             raise EditError(
-                f"{name} is a DoRA adapter, which rescales the output for every input, so outputs would not be "
-                "preserved; use a LoRA adapter."
+                f"{name} is a DoRA adapter, which rescales the output for every input, so NullSpace cannot "
+                "preserve outputs; use a LoRA adapter."
             )
     return pairs
 

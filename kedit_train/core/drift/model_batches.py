@@ -27,9 +27,9 @@ class Batch:
     Attributes:
         inputs: keyword arguments as a mapping, or positional arguments as a tuple.
         mask: [batch, sequence] bool, True for real tokens. None if there is no padding.
-        counted: whether the batch is part of the statistics. A process with fewer batches than the others gets
-            additional batches that are not counted. With FSDP2, every process must call the model equally often.
-            Otherwise, the processes would wait for each other forever.
+        counted: whether the batch is part of the statistics. With FSDP2, every process must call the model equally
+            often. Otherwise, the processes would wait for each other forever. A process with fewer batches than the
+            others therefore gets additional batches, which are not counted.
     """
 
     inputs: tuple[Any, ...] | Mapping[str, Any]
@@ -41,21 +41,21 @@ class Batch:
         return model(**self.inputs) if isinstance(self.inputs, Mapping) else model(*self.inputs)
 
     def without_first(self) -> Batch:
-        """Return a copy of this batch with a mask that also leaves out the first token of every sequence."""
+        """Return a copy of this batch. Its mask is False for padding and for the first token of every sequence."""
         assert isinstance(self.inputs, Mapping)
         mask = self.inputs["attention_mask"].bool().clone()
         mask[:, 0] = False
         return replace(self, mask=mask)
 
     def real_tokens(self, values: Tensor, name: str) -> Tensor:
-        """Return the vectors of real tokens, without those of padding. If the batch is not counted, return no vectors.
+        """Remove the vectors of padding. If the batch is not counted, remove all vectors.
 
         Args:
             values: [batch, sequence, d] or [batch * sequence, d].
             name: name of the weight, for the error message.
 
         Returns:
-            [tokens, d]
+            The vectors that remain, [tokens, d].
 
         Raises:
             EditError: the values do not have one vector per token of the batch.
@@ -96,8 +96,8 @@ def missing_batches(count: int, own: int, batch_size: int) -> int:
     """Return how many fewer batches this process has than the process with the most batches.
 
     Args:
-        count: number of items of all processes together. :func:`share_of_process` distributes these items.
-        own: number of items of this process.
+        count: number of items before :func:`share_of_process` distributes them over the processes.
+        own: number of items that this process received.
         batch_size: number of items in a batch.
     """
     most = math.ceil(count / world_size())
@@ -105,7 +105,7 @@ def missing_batches(count: int, own: int, batch_size: int) -> int:
 
 
 def holds_model_inputs(source: Any) -> bool:
-    """Return whether ``source`` contains model inputs (tensors, or tuples or mappings of tensors), not texts."""
+    """Return True if ``source`` contains tensors, or tuples or mappings of tensors. Return False for texts."""
     if isinstance(source, str) or not isinstance(source, Iterable):
         return False
     return _holds_tensor(next(iter(source), None))
@@ -121,8 +121,8 @@ def model_input_batches(source: Iterable[Any], device: torch.device) -> Iterator
     """Yield the batches of model inputs that this process handles. Every process gets the same number of batches.
 
     Args:
-        source: one item per forward pass: a mapping (keyword arguments), a tuple or list (positional arguments) or a
-            tensor.
+        source: contains one item per forward pass. An item is a mapping (keyword arguments), a tuple or list
+            (positional arguments) or a tensor.
         device: device to which the tensors are moved.
     """
     items = iter(source)

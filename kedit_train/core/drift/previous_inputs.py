@@ -1,4 +1,4 @@
-"""Store statistics of the layer inputs on earlier edits, so that later runs can preserve the outputs for them."""
+"""Store statistics of the layer inputs on earlier edits, so that later runs can preserve these edits."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ Moments: TypeAlias = dict[str, SecondMoment]
 class PreviousInputs:
     """The edits of earlier runs, and the second moments of the layer inputs on these edits.
 
-    Before each run, the model reads only the edits of the run before it. The second moments of the layer inputs on
-    these edits are added to the stored moments. The cost of a run therefore does not grow with the number of earlier
-    edits. There is one exception: If the new run has the same prompt as an earlier edit in the stored moments, the
-    moments of all other earlier edits are computed again.
+    When a run begins, the model reads only the edits of the previous run. The moments of these edits are added to the
+    stored moments. The cost of a run therefore does not grow with the number of earlier edits. There is one exception:
+    If a new edit has the same prompt as an edit in the stored moments, the moments of all other earlier edits are
+    computed again.
 
     If the scope has several layers, the stored moments of the upper layers are approximate. Each later run slightly
     changes the inputs of these layers, but the stored moments are not updated.
 
     Args:
-        edits: edits that the first run already preserves.
+        edits: edits that were made before the first run.
 
     Attributes:
-        edits: the earlier edits. A later edit with the same prompt replaces the earlier edit.
+        edits: all earlier edits. If two runs edit the same prompt, only the edit of the later run is kept.
     """
 
     def __init__(self, edits: Sequence[Edit] = ()) -> None:
@@ -35,7 +35,7 @@ class PreviousInputs:
         self._moments: Moments = {}
 
     def moments(self, current: Sequence[Edit], measure: Callable[[list[Edit]], Moments]) -> Moments:
-        """Return the second moments of the layer inputs on all earlier edits that ``current`` does not replace.
+        """Return the second moments of the layer inputs on all earlier edits whose prompts are not in ``current``.
 
         Args:
             current: the edits of the new run. They replace earlier edits with the same prompts.
@@ -56,7 +56,7 @@ class PreviousInputs:
         return self._moments
 
     def finish(self, current: Sequence[Edit]) -> None:
-        """Remember the edits of a finished run as earlier edits. The next call of :meth:`moments` measures them."""
+        """Add the edits of a finished run to ``edits``. The next call of :meth:`moments` measures the added edits."""
         self.edits = [*self._kept(current), *current]
 
     def _kept(self, current: Sequence[Edit]) -> list[Edit]:

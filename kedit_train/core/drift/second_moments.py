@@ -1,7 +1,7 @@
 """Compute second moments of the inputs of linear layers with forward hooks.
 
 Only sums of shape [d, d] are stored. If the weights are fp64, the sums are fp64. For all other dtypes, the sums are
-fp32. Padding is not counted. In a distributed run each process reads a part of the texts, and the sums are added over
+fp32. Padding is not counted. In a distributed run, each process reads a part of the texts, and the sums are added over
 all processes.
 """
 
@@ -56,18 +56,18 @@ class SecondMoment:
         self.count += len(vectors)
 
     def __add__(self, other: SecondMoment) -> SecondMoment:
-        """Return the moment over the vectors of both moments together. Every vector counts equally."""
+        """Return the second moment of the vectors of ``self`` and ``other``. Every vector counts equally."""
         return SecondMoment(self.sum + other.sum, self.count + other.count)
 
     def __sub__(self, other: SecondMoment) -> SecondMoment:
-        """Remove the vectors of ``other`` from the moment."""
+        """Return the second moment without the vectors of ``other``."""
         return SecondMoment(self.sum - other.sum, self.count - other.count)
 
 
 def zero_moment(weight: Tensor, size: int) -> SecondMoment:
-    """Return a second moment without vectors. Its sum is zero, [size, size], on the device of ``weight``.
+    """Return a second moment to which no vector has been added. Its sum is a zero matrix, [size, size].
 
-    The sum is fp64 if the weight is fp64, and fp32 otherwise.
+    The matrix is on the device of ``weight``. It is fp64 if the weight is fp64, and fp32 otherwise.
     """
     return SecondMoment(wide(torch.zeros(size, size, dtype=weight.dtype, device=weight.device)))
 
@@ -80,7 +80,7 @@ def layer_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
 def input_moments(
     run: EditRun, layers: Mapping[str, LinearLayer], model: nn.Module, batches: Iterable[Batch]
 ) -> dict[str, SecondMoment]:
-    """Compute the second moment of each layer's inputs on the model before the edit.
+    """Run the model before the edit, and compute the second moment of each layer's inputs.
 
     Args:
         run: the current run.

@@ -1,4 +1,4 @@
-"""The projections of ``NullSpace`` and ``LowCurvature``, for changes that FSDP2 may have sharded."""
+"""Apply the projections of ``NullSpace`` and ``LowCurvature`` to weight changes that FSDP2 may have sharded."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from kedit_train.functional.null_space import FreeSpace, project_free, project_g
 
 
 def remove_preserved(change: Tensor, space: FreeSpace) -> Tensor:
-    """Apply :func:`~kedit_train.functional.null_space.project_free` to a change that may be sharded.
+    """Remove the preserved directions from a weight change that may be sharded.
 
-    Each process projects its own rows. If the change is not sharded by rows, it is gathered first.
+    Each process projects its own rows. If the change is sharded by columns, it is gathered first. See
+    :func:`~kedit_train.functional.null_space.project_free`.
 
     Args:
         change: [out, in], possibly sharded.
-        space: the same on every process.
+        space: from :func:`~kedit_train.functional.null_space.free_space`, the same on every process.
 
     Returns:
         [out, in], sharded in the same way as the change.
@@ -26,19 +27,23 @@ def remove_preserved(change: Tensor, space: FreeSpace) -> Tensor:
 
 
 def remove_preserved_from_gradient(gradient: Tensor, space: FreeSpace) -> Tensor:
-    """Apply :func:`~kedit_train.functional.null_space.project_gradient_free`, as in :func:`remove_preserved`."""
+    """Remove the preserved directions from a gradient that may be sharded.
+
+    See :func:`~kedit_train.functional.null_space.project_gradient_free`.
+    """
     return map_rows(lambda rows: project_gradient_free(rows, space), gradient)
 
 
 def remove_high_curvature(change: Tensor, curvature: Curvature) -> Tensor:
-    """Apply :func:`~kedit_train.functional.low_curvature.project_low_curvature` to a change that may be sharded.
+    """Remove the directions of high curvature from a weight change that may be sharded.
 
-    If the change is sharded by rows, each process projects its own rows. Only a small matrix with one entry per pair of
-    eigenvectors is summed over the processes. Otherwise, the change is gathered first.
+    If the change is sharded by rows, each process projects its own rows, and the processes exchange only a small
+    matrix. If the change is sharded by columns, it is gathered first. See
+    :func:`~kedit_train.functional.low_curvature.project_low_curvature`.
 
     Args:
         change: [out, in], possibly sharded.
-        curvature: the same on every process.
+        curvature: from :func:`~kedit_train.functional.low_curvature.high_curvature`, the same on every process.
 
     Returns:
         [out, in], sharded in the same way as the change.

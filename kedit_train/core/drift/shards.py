@@ -31,14 +31,14 @@ def map_local(function: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
 
 
 def has_whole_rows(matrix: Tensor) -> bool:
-    """Return whether this process stores complete rows of a matrix. Also True if the matrix is not sharded."""
+    """Return True if this process stores complete rows of a matrix, or if the matrix is not sharded."""
     return not isinstance(matrix, DTensor) or not any(p.is_shard() and not p.is_shard(0) for p in matrix.placements)
 
 
 def map_rows(function: Callable[[Tensor], Tensor], matrix: Tensor) -> Tensor:
     """Apply a function to a matrix that may be sharded. The result is sharded in the same way.
 
-    Each process passes its own rows to the function. If the matrix is not sharded by rows, it is gathered first.
+    Each process passes its own rows to the function. If the matrix is sharded by columns, it is gathered first.
 
     Args:
         function: receives [rows, n] and returns [rows, n]. It must treat each row separately.

@@ -38,9 +38,8 @@ def find_adapted_layers(model: Any) -> AdaptedLayers:
         model: a ``PeftModel`` with one LoRA adapter.
 
     Raises:
-        EditError: the model has no LoRA adapter or several adapters, another kind of adapter, a LoRA layer whose output
-            a gate cannot switch, an adapter outside of the decoder blocks, or an adapter that trains biases or whole
-            modules.
+        EditError: the model does not have exactly one LoRA adapter, the adapter trains biases or whole modules, an
+            adapted layer is outside of the decoder blocks, or a gate does not support the class of an adapted layer.
     """
     configs = getattr(model, "peft_config", None)
     if not configs or not hasattr(model, "get_base_model"):
@@ -91,14 +90,14 @@ def find_adapted_layers(model: Any) -> AdaptedLayers:
 def _check_layer(name: str, layer: Any) -> None:
     """Raise an error for every kind of layer that was not tested with a gate.
 
-    A gate takes the output of the base layer from a hook. Many special layers of PEFT write into this output, or add
-    the adapter to the weights of the base layer, so the gate would have no effect.
+    A gate needs the unchanged output of the base layer. Many special layers of PEFT overwrite this output, or add the
+    adapter to the weights of the base layer.
     """
     from peft.tuners.lora.layer import Linear
 
     if type(layer) is not Linear:
         raise EditError(
-            f"a gate works only with LoRA layers of the class lora.Linear, but {name} has {type(layer).__module__}."
+            f"a gate works only with LoRA layers of the class lora.Linear, but {name} is a {type(layer).__module__}."
             f"{type(layer).__qualname__}; use LoRA on linear layers without quantization or target_parameters."
         )
     for variant in getattr(layer, "lora_variant", {}).values():

@@ -76,7 +76,7 @@ def save_adapter(model: Any, tokenizer: Any, folder: Path) -> None:
 
 
 def remove_stale_gate(model: Any, folder: str | os.PathLike[str]) -> None:
-    """Delete the gate file of a folder in which a model without a gate was saved. Only one process may call this."""
+    """Delete the gate file in ``folder`` if ``model`` has no gate. Only one process may call this function."""
     if find_gate(model) is None:
         (Path(folder) / GATE_FILE).unlink(missing_ok=True)
 
@@ -85,8 +85,8 @@ def _write(model: Any, tokenizer: Any, folder: Path) -> list[str]:
     """Write the adapter, the tokenizer and the gate to a new folder.
 
     Returns:
-        The names of the files of the adapter and the tokenizer, without the gate. The gate file stores this list, so
-        that a later save can delete these files.
+        The names of all written files, except the gate file. The gate file stores this list, so that a later save can
+        delete these files.
     """
     model.save_pretrained(str(folder))
     tokenizer.save_pretrained(str(folder))

@@ -83,7 +83,8 @@ def adapted_base(name: str) -> str | None:
 def check_not_gated(model: Any) -> None:
     """Check that a model is not a gated adapter. Gated adapters cannot be trained again.
 
-    The keys of a gate are valid only for the weights with which they were computed.
+    A gate compares hidden states with stored keys. The keys are valid only for the weights with which they were
+    computed.
 
     Args:
         model: a model, a folder, or a name on the hub.

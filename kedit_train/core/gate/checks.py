@@ -1,4 +1,4 @@
-"""Check before the training that a model with a closed gate computes the same as the unedited model."""
+"""Check before the training that the model has no dropout, and that only a new LoRA adapter is trained."""
 
 from __future__ import annotations
 
@@ -37,9 +37,8 @@ def check_scope(run: EditRun, adapted: AdaptedLayers) -> None:
     dropout = [n for n, m in model.named_modules() if isinstance(m, nn.Dropout) and m.p > 0 and ".lora_" not in n]
     if dropout or (getattr(config, "attention_dropout", 0.0) or 0.0) > 0:
         raise EditError(
-            f"the base model must have no dropout, got {dropout[0] if dropout else 'attention_dropout'}, because "
-            "hidden states with dropout do not match the keys of a gate; set the dropout in the model's "
-            "configuration to 0."
+            f"the base model must have no dropout, got {dropout[0] if dropout else 'attention_dropout'}. Hidden states "
+            "with dropout do not match the keys of a gate; set the dropout in the model's configuration to 0."
         )
 
 
@@ -87,6 +86,6 @@ def check_unused(run: EditRun, adapted: AdaptedLayers) -> None:
         for name, factor in factors.items():
             if bool(torch.count_nonzero(factor.detach())):
                 raise EditError(
-                    f"{name} is not zero, so the adapter already changes the model, but a closed gate gives the output "
-                    "of the model without the adapter; start with a new LoRA adapter, and leave out init_lora_weights=."
+                    f"{name} is not zero, so the adapter already changes the model. A closed gate would undo this "
+                    "change; start with a new LoRA adapter, and leave out init_lora_weights=."
                 )

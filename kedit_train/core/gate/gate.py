@@ -1,6 +1,6 @@
-"""Gate: compare hidden states with stored keys, and let a LoRA adapter act from the first match on.
+"""Gate: switch a LoRA adapter on when a hidden state is near a stored key.
 
-A position matches if its hidden state is near a key. Each row of a batch has its own first match.
+In each row of a batch, the adapter acts from the first such position to the end of the row.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ _STATE = "_kedit_gate_open"
 
 
 class _ForwardPass(threading.local):
-    """The state of the current forward pass of one thread.
+    """The state of the gate during a forward pass. Each thread has its own state.
 
     Attributes:
-        real: which positions are tokens and not padding, [rows, positions], bool.
-        before: for each row, whether the gate was open before the first position of this pass, [rows], bool.
-        open: for each position, whether the gate is open, [rows, positions], bool.
+        real: True for tokens, False for padding, [rows, positions], bool.
+        before: True for each row in which the gate is already open when the pass begins, [rows], bool.
+        open: True for each position at which the gate is open, [rows, positions], bool.
         outputs: the outputs of base layers, by the id of the layer.
-        opened_rows: for each row of the last forward pass, whether the gate was open at any position, [rows], bool.
+        opened_rows: see :attr:`Gate.opened_rows`.
     """
 
     def __init__(self) -> None:
@@ -60,21 +60,19 @@ class _ForwardPass(threading.local):
 class Gate:
     """Stored keys that decide where a LoRA adapter acts.
 
-    The hidden states that enter one decoder block are compared with the keys. This block is the first block with an
-    adapter, or an earlier one, so the decision depends only on the model without the adapter. Each key has a radius. In
-    each row, the adapter acts from the first position whose hidden state lies within the radius of a key. Before this
-    position, each adapted layer returns the unchanged output of its base layer, so the outputs of the model are bit for
-    bit those of the model without the adapter.
+    The hidden states that enter one decoder block are compared with the keys. No earlier block has an adapter, so the
+    decision depends only on the model without the adapter. Each key has a radius. In each row, the adapter acts from
+    the first position whose hidden state lies within the radius of a key. At all earlier positions, each adapted layer
+    returns the output of its base layer. At these positions, the outputs of the model are therefore equal, bit for bit,
+    to the outputs without the adapter.
 
     The decision for a token depends only on this token and the tokens before it. With a key-value cache, the decision
-    is kept in the cache.
+    is kept in the cache. Several threads may call the model at the same time.
 
     Args:
         keys: [keys, hidden], fp32.
         radii: [keys], fp32.
         layer: index of the decoder block whose inputs are compared with the keys.
-
-    Several threads may call the model at the same time. Each thread has its own state of a forward pass.
     """
 
     def __init__(self, keys: Tensor, radii: Tensor, layer: int) -> None:
@@ -85,7 +83,7 @@ class Gate:
 
     @property
     def opened_rows(self) -> Tensor | None:
-        """[rows], bool: True for each row of this thread's last forward pass in which the gate was open anywhere."""
+        """For each row of this thread's last forward pass: whether the gate was open at any position, [rows], bool."""
         return self._pass.opened_rows
 
     @classmethod
@@ -93,7 +91,7 @@ class Gate:
         """Read the gate of an adapter folder.
 
         Raises:
-            EditError: the file is missing, damaged, of a newer format, or was saved with other adapter weights.
+            EditError: the file is missing or damaged, has a newer format, or was saved with other adapter weights.
         """
         saved = read_gate(folder)
         return cls(saved.keys, saved.radii, saved.layer)
@@ -101,7 +99,7 @@ class Gate:
     def install(self, model: Any) -> None:
         """Add the hooks of the gate to a model with a LoRA adapter. The gate stays until :meth:`remove`.
 
-        Until then, ``save_pretrained`` of the model also saves the gate, and merging the adapter is an error.
+        Until then, ``save_pretrained`` of the model also saves the gate, and merging the adapter raises an error.
 
         Args:
             model: a ``PeftModel`` with one LoRA adapter.
@@ -155,10 +153,10 @@ class Gate:
 
     @contextmanager
     def opened_at(self, is_open: Tensor) -> Iterator[None]:
-        """Context manager: set where the gate is open while a single adapted layer is called on its own.
+        """Context manager: set the state of the gate, so that one adapted layer can be called without the model.
 
         Args:
-            is_open: whether the gate is open at each position, [rows, positions], bool.
+            is_open: True for each position at which the gate is open, [rows, positions], bool.
         """
         own = self._pass
         before, own.open = own.open, is_open
@@ -244,7 +242,7 @@ class Gate:
 
 
 def _real_tokens(mask: Any, rows: int, length: int, device: torch.device) -> Tensor:
-    """Return which of the current positions are tokens and not padding, [rows, positions], bool."""
+    """Return True for tokens and False for padding, [rows, positions], bool."""
     if mask is None:
         return torch.ones(rows, length, dtype=torch.bool, device=device)
     if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.shape[1] < length:

@@ -1,8 +1,8 @@
-"""Store in the key-value cache of a gated model where the gate is open.
+"""Store the state of a gate (open or closed) in the key-value cache of the model.
 
-The state of the gate is one more layer of the cache. The tensor ``keys`` of this layer contains one bool for each row
-and each cached position: whether the gate is open. Beam search, and code that selects rows, copies the cache or removes
-the last tokens, change this layer like every other layer, so the state always fits the cached tokens.
+The cache gets one more layer. Its tensor ``keys`` contains one bool for each row and each cached position: True if the
+gate is open. Beam search and other code may reorder, copy or shorten the cache. Such code changes all layers in the
+same way, so the state of the gate always fits the cached tokens.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from kedit_train.errors import EditError
 
 
 class _GateLayer(DynamicLayer):
-    """A layer of the cache with ``keys`` [rows, 1, positions, 1], bool: whether the gate is open."""
+    """A layer of the cache whose ``keys``, [rows, 1, positions, 1], are True where the gate is open."""
 
 
 def open_before(cache: Any, rows: int, device: torch.device) -> Tensor:
-    """Return for each row whether the gate is open at the last cached position, [rows], bool.
+    """Return the state of the gate at the last cached position of each row.
 
-    If nothing is cached, the gate is closed in every row.
+    The result is [rows], bool: True if the gate is open. If nothing is cached, the gate is closed in every row.
 
     Args:
         cache: the ``past_key_values`` of a forward call, or None.
@@ -63,11 +63,11 @@ def open_before(cache: Any, rows: int, device: torch.device) -> Tensor:
 
 
 def add_open(cache: Any, is_open: Tensor) -> None:
-    """Append to a cache whether the gate is open at the new positions.
+    """Append the state of the gate at the new positions to a cache.
 
     Args:
         cache: the cache after the forward call. If it is not a ``Cache``, nothing is appended.
-        is_open: whether the gate is open at each new position, [rows, positions], bool.
+        is_open: the state of the gate at each new position, [rows, positions], bool. True means open.
     """
     if not isinstance(cache, Cache):
         return

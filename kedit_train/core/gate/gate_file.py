@@ -68,15 +68,15 @@ def has_gate(folder: str | os.PathLike[str]) -> bool:
 
 
 def read_gate(folder: str | os.PathLike[str], *, other_adapter: bool = False) -> SavedGate:
-    """Read the gate of an adapter folder.
+    """Read the gate from the folder of an adapter.
 
     Args:
         folder: the folder of the adapter.
-        other_adapter: whether to read the gate without checking that it belongs to the adapter weights in the folder.
+        other_adapter: True skips the check that the gate belongs to the adapter weights in the folder.
 
     Raises:
-        EditError: the file is missing, damaged or of a newer format. If ``other_adapter`` is False, an error is also
-            raised if the gate does not belong to the adapter weights in the folder, or if there are no such weights.
+        EditError: the file is missing, damaged or of a newer format. Unless ``other_adapter`` is True, this error is
+            also raised if the folder contains no adapter weights, or if the gate belongs to other weights.
     """
     path = Path(folder) / GATE_FILE
     # The tensors are copied, because the folder may be replaced while the model is in use.
@@ -92,8 +92,8 @@ def read_gate(folder: str | os.PathLike[str], *, other_adapter: bool = False) ->
         raise EditError(f"{folder} has a gate, but no adapter weights ({WEIGHT_FILES[0]}); save the adapter again.")
     if not other_adapter and metadata.get("adapter_sha256") != weights:
         raise EditError(
-            f"{path} is the gate of other adapter weights, not of those in this folder; save the adapter together with "
-            f"its gate again, or delete {GATE_FILE} if the adapter was trained without a gate."
+            f"{path} is the gate of other adapter weights, so it cannot be used with the weights in this folder; save "
+            f"the adapter and its gate again, or delete {GATE_FILE} if the adapter was trained without a gate."
         )
     files = metadata.get("files")
     return SavedGate(keys, radii, layer, [str(name) for name in files] if isinstance(files, list) else [])

@@ -37,10 +37,10 @@ def find_gate(model: Any) -> Any:
 
 
 def check_not_gated_before(run: RunState) -> None:
-    """Check that a new run does not train a model that already has a gate.
+    """Raise an error if a new run begins on a model that already has a gate.
 
-    Where this gate is closed, the adapter does not act and would get no gradient. A run that resumes an interrupted run
-    is not checked, because it replaces the gate of the interrupted run.
+    The existing gate would switch the adapter off for some inputs, and these inputs would give it no gradient. A
+    resumed run is not checked, because it replaces the existing gate.
 
     Raises:
         EditError: the model has a gate.
@@ -50,10 +50,10 @@ def check_not_gated_before(run: RunState) -> None:
 
 
 def check_not_gated_and_frozen(run: RunState) -> None:
-    """Check that the model is not a gated model whose adapter is frozen.
+    """Raise an error if the model has a gate and all parameters are frozen.
 
-    A gated adapter is frozen when it is loaded, so the optimizer would get no parameters. The model of an interrupted
-    run also has a gate, but passes this check, because its adapter is not frozen.
+    A gated adapter is frozen when it is loaded, so there would be nothing to train. The model of an interrupted run
+    also has a gate, but no error is raised, because its adapter is not frozen.
 
     Raises:
         EditError: the model has a gate, and none of its parameters requires gradients.
@@ -66,10 +66,10 @@ def check_not_gated_and_frozen(run: RunState) -> None:
 def check_switches(gate: Any, adapted: AdaptedLayers) -> None:
     """Check that each adapted layer returns the output of its base layer only where the gate is closed.
 
-    The check detects releases of PEFT that compute the output of a layer in another way. The input of each layer is one
-    row of two random positions. The gate is closed at the first position and open at the second. A new adapter has a B
-    factor of zero, so it would not change the output. The layer is therefore called with random factors. The weights of
-    the adapter do not change.
+    The check detects versions of PEFT with which the gate does not work. It calls each layer with a random input at two
+    positions. The gate is closed at the first position and open at the second. A new adapter would not change the
+    output, because its B factor is zero. For this call, the check therefore replaces both factors by random values.
+    The weights of the adapter do not change.
 
     Args:
         gate: a :class:`~kedit_train.core.gate.gate.Gate` whose hooks are installed.
@@ -140,8 +140,8 @@ def _save_pretrained(model: Any, save_directory: Any, *args: Any, **kwargs: Any)
 
 
 def _hooks_without_names(model: Any, *args: Any, **kwargs: Any) -> Any:
-    """Refuse ``adapter_names=`` before PEFT adds its hooks. After a later error, the hooks would stay on the model."""
     if kwargs.get("adapter_names") is not None:
+        # PEFT has not added its hooks yet, so no hook stays on the model after this error.
         raise EditError(NO_NAMES)
     return getattr(type(model), _NAMES)(model, *args, **kwargs)
 

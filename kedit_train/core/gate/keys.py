@@ -1,7 +1,8 @@
-"""Compute the keys of a gate, and the distance of each key to the hidden states of the held texts.
+"""Compute the keys of a gate, and the distances that determine their radii.
 
-A key is the hidden state of the last token of a prompt. Held texts are texts on which the predictions of the model
-should not change. ``GatedAdapter`` computes the radius of a key from its distance to the nearest hidden state.
+A key is the hidden state of the last token of a prompt. A held text is a text on which the predictions of the model
+should not change. ``GatedAdapter`` computes the radius of a key from the distance to the nearest hidden state of the
+held texts.
 """
 
 from __future__ import annotations
@@ -31,7 +32,11 @@ class _InputSeen(Exception):
 
 
 def encode_prompts_of(run: EditRun, edits: Sequence[Edit], tokenizer: Any) -> list[list[int]]:
-    """Return the token ids of each prompt, both as in generation and as in the training examples."""
+    """Return the token ids of the prompts of the edits.
+
+    Each prompt is tokenized twice: as for generation and as in a training example. If the results differ, both are
+    returned. Other forms of a prompt in the training dataset, for example with a system prompt, are returned as well.
+    """
     tokenizer = run.tokenizer(tokenizer)
     chosen = training_format(run, tokenizer, edits) or "plain"
     length = context_length(getattr(run.model, "config", None))
@@ -74,8 +79,8 @@ def nearest_distances(
 ) -> Tensor:
     """Return the distance of each key to the nearest hidden state of the held texts, [keys] in fp32.
 
-    If a text begins with one of the prompts, the hidden state of the last token of this prompt is ignored, because it
-    is the key of the prompt.
+    If a held text begins with one of the prompts, the last token of this prompt is ignored. Its hidden state is a key,
+    so the distance would be 0.
 
     Args:
         run: the run.
@@ -83,7 +88,7 @@ def nearest_distances(
         layer: index of the decoder block whose inputs are compared.
         keys: [keys, hidden].
         prompts: one list of token ids per prompt.
-        held: one list of token ids per held text.
+        held: the held texts (texts on which the predictions should not change), one list of token ids per text.
         batch_size: number of sequences per forward pass.
     """
     asked = {tuple(prompt) for prompt in prompts}
@@ -110,7 +115,10 @@ def begin_with(texts: Sequence[Sequence[int]], prompts: Sequence[Sequence[int]])
 def _states(
     run: EditRun, adapted: AdaptedLayers, layer: int, sequences: Sequence[Sequence[int]], *, batch_size: int
 ) -> Iterator[tuple[list[int], list[Tensor]]]:
-    """Yield for each batch the indices of its sequences, and the inputs of a block, [tokens, hidden] per sequence."""
+    """Compute the inputs of a decoder block, [tokens, hidden] per sequence.
+
+    Each item is one batch: the indices of its sequences, and their tensors.
+    """
     seen: list[Tensor] = []
 
     def see(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -16,11 +16,14 @@ _MASKS = ("completion_mask", "assistant_masks")
 
 
 def trained_prompts(host: Any, tokenizer: Any, edits: Sequence[Edit]) -> list[list[int]]:
-    """Return the token ids of training examples up to a target, if they contain the prompt of an edit.
+    """Return the prompts of the edits as they are tokenized in the training examples.
 
-    A target is a sequence of trained tokens. The prompt must come after the previous target. It may be part of a chat
-    template, and other text, such as a system prompt, may precede it. Only tokenized examples that mark the trained
-    tokens are read: rows with ``labels`` or a mask of TRL, and the results of ``EditDataset.encode``.
+    In a training example, a chat template or other text, such as a system prompt, may surround a prompt. Each result
+    therefore contains all token ids from the start of the example to a target (a sequence of trained tokens). If the
+    example has several targets, the prompt must be between the previous target and this target.
+
+    Only tokenized examples that mark the trained tokens are read: rows with ``labels`` or a mask of TRL, and the
+    results of ``EditDataset.encode``.
 
     Args:
         host: the host of the run. A plain loop has no dataset, so the result is empty.
@@ -52,9 +55,9 @@ def _examples(host: Any) -> Iterator[Any]:
 
 
 def _before_targets(example: Any) -> Iterator[tuple[list[int], int]]:
-    """Yield for each target of an example the token ids before the target, and where the previous target ends.
+    """Yield the token ids before each target of an example, and the position after the previous target.
 
-    The first target of an example has no previous target, and the second value is 0.
+    For the first target, this position is 0.
     """
     if isinstance(example, Mapping) and example.get("input_ids") is not None:
         ids = [int(token) for token in example["input_ids"]]

@@ -1,4 +1,4 @@
-"""Compute the loss term of BatchAnchor at each supervised token, and cache the reference hidden states for it."""
+"""Compute the loss term of ``BatchAnchor``, and store the reference hidden states that this term needs."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ class AnchorTerm:
 
 
 def _per_example(name: str, value: Any, examples: int) -> Any:
-    """Expand a tensor argument of the forward call to one entry per example, and return plain values unchanged."""
+    """Expand a tensor argument to one entry per example. Numbers and strings stay unchanged."""
     if not isinstance(value, Tensor):
         if isinstance(value, bool | int | float | str):
             return value

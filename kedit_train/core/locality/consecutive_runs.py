@@ -72,13 +72,15 @@ def given_edits(run: EditRun, edits: Any) -> Sequence[Edit]:
 
 
 def remaining_texts(texts: Texts, chosen: Sequence[str], run: EditRun) -> list[str]:
-    """Return the texts of the previous run, without texts that contain an evaluation prompt of this run's edits.
+    """Return the texts of the previous run that the new run can still use.
+
+    A text is left out if it contains an evaluation prompt of the new run's edits. If the source of the texts is
+    "world", a text is left out if it states a fact that these edits affect or ask about.
 
     Args:
-        texts: the source from which the texts of the first run were chosen.
+        texts: the argument ``texts`` of the callback.
         chosen: the texts of the previous run.
-        run: the run that begins. If the bundled texts are used, texts about facts that the edits of this run affect are
-            left out, too.
+        run: the run that begins.
 
     Raises:
         EditError: no text is left.

@@ -1,6 +1,6 @@
-"""Store tensors that have one entry per token, in memory or in a safetensors file that later runs can read.
+"""Store tensors that have one entry per token.
 
-The file contains a checksum.
+The tensors are kept in memory or in a safetensors file. Later runs can read the file and verify its checksum.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class ReferenceStates:
             indices: indices of the sequences in ``lengths``.
 
         Returns:
-            For each of ``tensors``, the entries of these sequences, [tokens of these sequences, ...].
+            Each of ``tensors`` with only the tokens of these sequences, [tokens of these sequences, ...].
         """
         spans = [slice(self._starts[i], self._starts[i + 1]) for i in indices]
         return [torch.cat([tensor[span] for span in spans]) for tensor in self._tensors]

@@ -1,4 +1,4 @@
-"""Inputs of a model that reads no text: given as a list, or read from a safetensors file."""
+"""Read model inputs from a list or a safetensors file, for models whose inputs are not texts."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ def read_model_inputs(source: Any, argument: str) -> list[Any]:
     """Return the inputs of a model as a list with one item per forward pass.
 
     Args:
-        source: an iterable with one item per forward pass (a tensor, or a tuple or mapping of tensors), or the path of
-            a safetensors file. In a file, each tensor has the name of an argument of ``forward`` and the shape
-            [forward passes, ...].
+        source: an iterable, or the path of a safetensors file. An iterable contains one item per forward pass: a
+            tensor, or a tuple or mapping of tensors. A file contains one tensor per argument that is passed to
+            ``forward``. Each tensor has the name of its argument and the shape [forward passes, ...].
         argument: name of the argument that holds ``source``, for error messages.
 
     Raises:
-        EditError: the source is not of this form, is empty, or is a single tensor.
+        EditError: the source has another form or contains no item. A single tensor is not accepted; put it in a list.
 
     Example:
         >>> read_model_inputs(torch.zeros(6, 3).split(2), "inputs")[0].shape
@@ -53,7 +53,7 @@ def read_model_inputs(source: Any, argument: str) -> list[Any]:
 
 
 def hash_model_inputs(items: Iterable[Any]) -> str:
-    """Return a hash of all tensors and plain values of the inputs, in their order."""
+    """Return a hash of ``items``. The same items in another order have another hash."""
     return hash_content(*(part for item in items for part in _parts(item)))
 
 

@@ -1,4 +1,4 @@
-"""Replace the subjects in the prompts of the edits with other names, and format the prompts like training examples."""
+"""Make prompts that are similar to the prompts of the edits, but contain other names instead of the subjects."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from kedit_train.errors import warn
 
 
 def neighbor_texts(run: EditRun, texts: Texts, n: int) -> Texts | None:
-    """Return up to ``n`` prompts per edit, each with a name from the texts in place of the subject.
+    """Return at most ``n`` new prompts per edit. In each prompt, a name from ``texts`` replaces the subject.
 
-    A warning is issued if no prompt could be made, or if the prompt of an edit does not contain the subject.
+    The prompts have the format of the training examples. A warning is issued if no prompt could be made, or if the
+    prompt of an edit does not contain its subject.
 
     Args:
         run: the run, with its edits.
@@ -26,7 +27,8 @@ def neighbor_texts(run: EditRun, texts: Texts, n: int) -> Texts | None:
         n: maximum number of prompts per edit (see :func:`~kedit_train.data.neighbor_prompts.neighbor_prompts`).
 
     Returns:
-        The prompts, with the tokenizer, seed and maximum length of ``texts``, or None if no prompt could be made.
+        A ``Texts`` that contains the prompts. Its tokenizer, seed and maximum length are those of ``texts``. None if no
+        prompt could be made.
     """
     tokenizer = run.tokenizer(texts.tokenizer)
     # Only names from the texts are used, so these texts may contain prompts of the edits.

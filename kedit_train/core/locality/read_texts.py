@@ -17,7 +17,7 @@ from kedit_train.errors import EditError
 
 
 def read_texts(source: Any, tokenizer: Any = None, *, render: bool = False) -> list[str]:
-    """Return the texts of a source, without texts that contain no visible character.
+    """Return the texts of a source. Texts without visible characters are left out.
 
     Args:
         source: a list, a path or a dataset, as for :class:`~kedit_train.core.locality.texts.Texts`.

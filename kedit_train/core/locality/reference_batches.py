@@ -27,7 +27,7 @@ class ReferenceBatches:
 
     Args:
         sequences: token ids of the reference texts.
-        states: reference hidden states of the sequences, from the model before the first run.
+        states: reference hidden states of the sequences, computed by the model before the first run.
         seed: seed of the draws. Run number ``n``, counted from 0, uses ``seed + n``.
         run: the first run.
         head: the output head. Required if more runs will follow. The output head must not change, because every run
@@ -49,7 +49,7 @@ class ReferenceBatches:
         self._start_draws(0)
 
     def draw(self, batch_size: int) -> tuple[list[int], list[PreviousEdit]]:
-        """Return one batch as a pair: the indices of the reference sequences, and the previous edits."""
+        """Return one batch: the indices of its reference sequences, and the previous edits that it contains."""
         self._draws += 1
         previous = self.replay_buffer.draw(batch_size // 2, self._shuffler)
         return self.texts.draw(batch_size - len(previous)), previous
@@ -66,7 +66,7 @@ class ReferenceBatches:
 
         Args:
             run: the run that starts. The hidden states of the last run's edits are computed with the weights before
-                this run. In a resumed run, the model may already have other weights: those of the checkpoint.
+                this run, even if the weights of a checkpoint have already been loaded.
             sequences: token ids of the texts that may be used in this run.
             head: the output head, unchanged since the first run.
             tokenize: returns the token sequences of a list of edits.
@@ -113,21 +113,20 @@ class ReferenceBatches:
             batch_size: number of sequences per draw.
 
         Raises:
-            EditError: the checkpoint was written with other reference texts than those of this object, or this object
-                does not have the hidden states of the checkpoint's previous edits. A checkpoint does not store these
-                hidden states, so only an object that was used in the earlier runs has them.
+            EditError: the checkpoint was written with other reference texts, or the hidden states of the previous
+                edits are missing. Checkpoints do not contain these hidden states. Only an object that was used in the
+                previous runs has them.
         """
         if state["texts"] != hash_sequences(self.texts.sequences):
             raise EditError(
-                "the checkpoint was written with other reference texts than those of this run, or the same texts were "
-                "selected or split in another way; resume with the same texts and the same values of max_length= and "
-                "nearest=, or start a new run."
+                "the checkpoint was written with other reference texts, or with other token sequences of the same "
+                "texts; resume with the same texts and the same values of max_length= and nearest=, or start a new run."
             )
         if state["previous_edits"] != self._previous_edits() or (state["run"] and not self._finished_runs):
             raise EditError(
                 "this run cannot be resumed, because sequential=True needs the reference hidden states of the previous "
                 "runs, and the checkpoint does not contain these states; start this run again from its first step, "
-                "without sequential=True, and set teacher= to the model as it was before the first run."
+                "with teacher= (the model before the first run) instead of sequential=True."
             )
         self._start_draws(state["run"])
         for _ in range(state["draws"]):

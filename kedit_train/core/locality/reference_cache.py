@@ -40,17 +40,18 @@ class ReferenceCache:
 
     Args:
         cache_dir: directory for the hidden states. None keeps the hidden states in memory for this run only.
-            In the directory, ``KLLocality`` writes one file. A later run on the same model and texts reads this file
+            ``KLLocality`` writes one file to the directory. A later run on the same model and texts reads this file
             instead of computing the hidden states again. To find the file, ``KLLocality`` hashes all weights of the
             model. ``BatchAnchor`` writes only hidden states that do not fit within ``memory_limit``, and deletes its
             files after the run.
         dtype: dtype of the stored hidden states. None stores the hidden states without rounding, in the dtype in which
-            the output head computes (a teacher's probabilities are stored in float32). A narrower dtype adds a rounding
-            error. ``KLLocality`` without a teacher issues a warning with the divergence that this error causes.
+            the output head computes. A narrower dtype adds a rounding error. ``KLLocality`` then issues a warning that
+            contains the divergence caused by this error. If ``KLLocality`` has a teacher, it stores probabilities of
+            the teacher instead of hidden states. None then means float32, and no warning is issued.
         memory_limit: maximum size of the hidden states in memory, in bytes or as a string such as "2GB". None sets no
-            limit. If the limit is exceeded, ``KLLocality`` memory-maps its file in ``cache_dir``, and raises an error
-            without a ``cache_dir``. ``BatchAnchor`` writes the hidden states that do not fit within the limit to
-            ``cache_dir``. Without a ``cache_dir``, it computes these hidden states in every step.
+            limit. If the limit is exceeded, ``KLLocality`` memory-maps its file, or raises an error if there is no
+            ``cache_dir``. ``BatchAnchor`` writes all further hidden states to ``cache_dir``, or computes them again in
+            every step if there is no ``cache_dir``.
 
     Raises:
         EditError: an argument is invalid.
@@ -112,15 +113,16 @@ def compute_or_read(
         compute: returns a generator that yields the tensors batch by batch.
         sequences: one list of token ids per sequence.
         cache: settings for storing the tensors.
-        key: function that returns a description of everything that the tensors depend on, except the sequences. It is
-            called only if ``cache`` has a ``cache_dir``.
+        key: function that describes the model and the settings on which the tensors depend. It is called only if
+            ``cache`` has a ``cache_dir``.
         device: device for the communication between processes.
 
     Returns:
         The tensors, and whether they were read from a file.
 
     Raises:
-        EditError: the tensors exceed ``memory_limit``, or the file cannot be written.
+        EditError: the tensors exceed ``memory_limit`` and there is no ``cache_dir``, or the file cannot be written or
+            read back.
     """
     lengths, directory = [len(sequence) for sequence in sequences], cache.directory
     if directory is None:

@@ -31,8 +31,8 @@ class ModelOutputs:
     Args:
         run: the run whose model is called.
         items: the inputs, one item per forward pass.
-        output: which tensor of the output to take: its name in a dict or an object, its index in a tuple, or a function
-            of the output. None requires that the output is a tensor.
+        output: selects the tensor. A string is a key of a dict or the name of an attribute, an integer is an index of a
+            tuple, and a function receives the whole output. None requires that the output itself is a tensor.
         module: name of the submodule to call. None calls the model itself.
         argument: name of the argument that holds the inputs, for error messages.
 
@@ -69,7 +69,7 @@ class ModelOutputs:
 
     @torch.no_grad()
     def before_training(self) -> list[Tensor]:
-        """Return the output for each item on the CPU.
+        """Return one output per item, as tensors on the CPU.
 
         Raises:
             EditError: the model cannot be called with an item, or its output is empty or contains NaN or infinite
@@ -126,7 +126,7 @@ class ModelOutputs:
             got += f" (the output is a tuple of {len(value)})"
         elif isinstance(value, Tensor) and chosen is None:
             raise EditError(
-                f"output must be None or a function, because the {kind} is a tensor, got {wanted!r}; leave output out."
+                f"the {kind} is a tensor, so output must be None or a function, got {wanted!r}; leave output out."
             )
         raise EditError(
             f"output must select a tensor of floats from the {kind}, got {got}; set output= to a name, an index or a "
@@ -135,14 +135,15 @@ class ModelOutputs:
 
 
 class ReferenceOutputs:
-    """The outputs of the model before the edit, and the order in which the inputs are drawn.
+    """Stores the outputs of the unedited model, and draws the inputs in shuffled order.
 
     Args:
         outputs: computes the outputs of the current model.
         seed: seed of the draws. Every item is drawn once before any item is drawn again.
 
     Attributes:
-        before: the output of the model before the edit for each item, on the CPU. Empty before :meth:`start`.
+        before: the outputs of the unedited model, one CPU tensor per item. Empty until the outputs are computed or
+            loaded from a checkpoint.
     """
 
     def __init__(self, outputs: ModelOutputs, seed: int = 0) -> None:
@@ -163,16 +164,18 @@ class ReferenceOutputs:
         return [next(self._order) for _ in range(min(n, len(self.before)))]
 
     def all_pairs(self) -> list[tuple[Tensor, Tensor]]:
-        """Return, for every item, the output before the edit and the output now (see :meth:`pair`)."""
+        """Return the result of :meth:`pair` for every item."""
         if not self.before:
             self._compute()
         return [self.pair(index) for index in range(len(self.before))]
 
     def pair(self, index: int) -> tuple[Tensor, Tensor]:
-        """Return the output before the edit and the output now for an item, on the device of the model.
+        """Return two outputs for one item: the first from the unedited model, the second from the current model.
+
+        Both tensors are on the device of the model.
 
         Raises:
-            EditError: the output has another shape than before the edit.
+            EditError: the two outputs have different shapes.
         """
         now, before = self.outputs(index), self.before[index]
         if now.shape != before.shape:

@@ -27,7 +27,7 @@ from kedit_train.functional.top_k_divergence import top_log_probs
 
 
 def hidden_states(head: OutputHead, sequences: Sequence[Sequence[int]]) -> Tensor:
-    """Return the inputs of the output head at all tokens of the sequences, concatenated to [tokens, hidden]."""
+    """Return the hidden states that enter the output head, [tokens, hidden], for the tokens of all sequences."""
     ids, mask = pad_sequences(sequences)
     device = next(head.model.parameters()).device
     ids, mask = ids.to(device), mask.to(device)

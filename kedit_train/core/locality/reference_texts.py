@@ -1,4 +1,4 @@
-"""Token sequences with their reference hidden states: reference texts, and a replay buffer of previous edits."""
+"""Store token sequences of reference texts and previous edits, and the reference hidden states of these sequences."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TokenIds = Sequence[int]
 
 
 class ReferenceTexts:
-    """Sequences of the reference texts with their reference hidden states, drawn in shuffled order.
+    """Stores sequences of reference texts and their reference hidden states, and draws sequences in shuffled order.
 
     Every sequence is drawn once before any sequence is drawn again.
 
@@ -34,7 +34,7 @@ class ReferenceTexts:
         self._order = self._shuffled(random.Random(seed))
 
     def draw(self, n: int) -> list[int]:
-        """Return the indices of ``n`` sequences. If :meth:`restrict` has left fewer than ``n``, return all of them."""
+        """Return the indices of ``n`` sequences, or of all remaining sequences if fewer than ``n`` remain."""
         return [next(self._order) for _ in range(min(n, len(self.allowed)))]
 
     def restrict(self, sequences: Iterable[TokenIds]) -> int:
@@ -61,7 +61,7 @@ class PreviousEdit:
     Args:
         edit: the edit.
         sequence: token ids of the edit's prompt and target.
-        hidden_states: [tokens, hidden], from the model after the run that trained the edit.
+        hidden_states: [tokens, hidden], computed by the model after the run that trained the edit.
     """
 
     edit: Edit
@@ -87,7 +87,7 @@ class ReplayBuffer:
     active: list[PreviousEdit] = field(default_factory=list)
 
     def start_run(self, edits: Iterable[Edit]) -> None:
-        """Start a run that trains ``edits``. Previous edits with the same prompt as one of ``edits`` are not drawn."""
+        """Start a run that trains ``edits``. Previous edits with the same prompts are not drawn."""
         prompts = {edit.prompt for edit in edits}
         self.active = [entry for entry in self.entries if entry.edit.prompt not in prompts]
 

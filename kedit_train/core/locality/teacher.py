@@ -1,4 +1,4 @@
-"""Load a second model as the reference of a divergence, and check that it has the same vocabulary."""
+"""Load a teacher model, and check that it has the same vocabulary as the edited model."""
 
 from __future__ import annotations
 
@@ -111,12 +111,14 @@ def load_teacher(teacher: str | Path | nn.Module, run: EditRun, tokenizer: Any) 
 
 
 def teacher_head(teacher: nn.Module, device: torch.device, context: Any) -> OutputHead:
-    """Move a teacher to ``device``, and return its verified output head.
+    """Move a teacher to ``device``, and return its output head.
+
+    :meth:`OutputHead.verify` checks the head first.
 
     Args:
         teacher: a causal language model.
         device: where the forward passes run.
-        context: context manager for the forward pass that verifies the head, for example autocast.
+        context: context manager for the forward pass of this check, for example autocast.
     """
     head = OutputHead(teacher.to(device))
     try:

@@ -1,4 +1,4 @@
-"""Read the texts of a ``texts=`` argument, remove leaks, and split the texts into token sequences."""
+"""Read the texts of a ``texts=`` argument, leave out texts with evaluation prompts, and tokenize the other texts."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ class Texts:
     Every ``texts=`` argument of this package takes either a source or a ``Texts``.
 
     Args:
-        source: a list, a ``datasets.Dataset``, the path of a file, or "world" (the texts that kedit-train contains for
-            its bundled model). A ``.txt`` file contains one text per line. A ``.csv`` file has a column ``text``. A
-            dataset has a column ``text`` or ``messages``. A list, a ``.jsonl`` file or a ``.json`` file contains
-            strings or records. A record has the key ``text`` or, for a conversation, the key ``messages``
+        source: a list, a ``datasets.Dataset``, the path of a file, or "world". The string "world" selects the texts for
+            kedit-train's bundled model. A ``.txt`` file contains one text per line. A ``.csv`` file has a column
+            ``text``. A dataset has a column ``text`` or ``messages``. A list, a ``.jsonl`` file or a ``.json`` file
+            contains strings or records. A record has the key ``text`` or, for a conversation, the key ``messages``
             ([{"role": ..., "content": ...}, ...]). The chat template of the tokenizer renders conversations.
         max_length: maximum number of tokens per sequence. A longer text is split into several sequences, and no token
             is dropped.
@@ -111,8 +111,8 @@ class Texts:
         The search for evaluation prompts ignores letter case and the amount of white space.
 
         Args:
-            edits: the edits of the run. If the source is "world", a text about a fact is also excluded if an edit
-                affects this fact, or if a rephrase or a probe of an edit asks about it.
+            edits: the edits of the run. If the source is "world", texts about two kinds of facts are also left out:
+                facts that the edits affect, and facts that a rephrase or a probe asks about.
             limit: maximum number of texts, drawn at random with ``seed``. None returns all texts.
             keep_leaks: True keeps texts that contain an evaluation prompt. Use True only if the model is not trained on
                 the texts.
@@ -154,7 +154,8 @@ class Texts:
         """Load the texts and split them into sequences of at most ``max_length`` token ids.
 
         Args:
-            run: supplies the edits, the tokenizer and the context length of the model.
+            run: the run. Its tokenizer is used if this ``Texts`` has none. No sequence is longer than the context
+                length of its model.
             edits: texts that contain an evaluation prompt of these edits are left out. None uses ``run.edits``.
             limit: maximum number of texts, drawn at random with ``seed``. None uses all texts.
             reason: why texts with evaluation prompts are left out, for the warning.

@@ -22,7 +22,8 @@ def tokenize_edits(run: EditRun, edits: Iterable[Edit], tokenizer: Any, max_leng
         run: the current run. The context length is read from its model.
         edits: the edits. An edit with more tokens than the maximum is split into several sequences.
         tokenizer: the tokenizer of the model.
-        max_length: maximum number of tokens per sequence. A smaller context length of the model takes precedence.
+        max_length: maximum number of tokens per sequence. If the context length of the model is smaller, the context
+            length is the maximum.
     """
     append_eos = tokenizer.eos_token_id is not None
     encoded = [encode_edit(tokenizer, edit.prompt, edit.target, append_eos=append_eos).input_ids for edit in edits]

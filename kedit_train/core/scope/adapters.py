@@ -14,12 +14,12 @@ def base_model(model: Any) -> Any:
 
 
 def keep_frozen(model: nn.Module, frozen: Iterable[nn.Parameter]) -> list[Any]:
-    """Freeze the given adapter parameters again before each forward pass of their layer.
+    """Register hooks that freeze adapter parameters again before each forward pass of their layer.
 
     When PEFT switches adapters (``set_adapter``, ``disable_adapter``), it makes every parameter of an adapter
-    trainable. Preference trainers switch adapters to run their reference model. Without the hooks of this function,
-    gradient clipping would include the gradients of parameters that should be frozen, and activation checkpointing
-    would recompute a different graph.
+    trainable. Preference trainers switch adapters to run their reference model. Without the hooks, gradient clipping
+    would include the gradients of parameters that should be frozen, and the graph that activation checkpointing
+    recomputes would differ from the original graph.
 
     Args:
         model: any model. A model without PEFT adapters gets no hooks.

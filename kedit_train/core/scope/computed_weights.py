@@ -53,7 +53,7 @@ def computed_weights(model: nn.Module) -> Iterator[ComputedWeight]:
 
 
 def _old_style(module: nn.Module, weight: str) -> tuple[str, str]:
-    """Return the name of the method that computes a weight in a hook, and the call that removes this hook."""
+    """Return the ``source`` and the ``remedy`` of a weight that a hook computes."""
     if f"{weight}_orig" not in module._parameters:
         return "weight_norm", f"torch.nn.utils.remove_weight_norm(module, {weight!r})"
     if f"{weight}_mask" in module._buffers:

@@ -1,9 +1,9 @@
 """Recognize the experts and the routers of a mixture-of-experts model by the names of its modules.
 
-In such a model, one block of a layer contains a module ``experts`` and, next to it, a router (``gate`` or ``router``)
-and sometimes a shared expert. transformers 5 stores the weights of all experts of a block in one parameter with the
-shape [experts, out, in] or [experts, in, out], for example ``mlp.experts.down_proj``. Other models have a list of
-experts, for example ``mlp.experts.3.down_proj.weight``.
+In such a model, a layer has a block that contains a module ``experts``, a router (``gate`` or ``router``) and sometimes
+a shared expert. transformers 5 stores the weights of all experts of a block in one parameter with the shape [experts,
+out, in] or [experts, in, out], for example ``mlp.experts.down_proj``. Other models have a list of experts, for example
+``mlp.experts.3.down_proj.weight``.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def router_parameters(names: Iterable[str]) -> dict[str, str]:
         names: the names of all parameters of a model.
 
     Returns:
-        A dict from the name of a router's parameter to the router's name within its block, such as "gate".
+        A dict from the name of each parameter to the name of its router or gate within the block, such as "gate".
 
     Example:
         >>> router_parameters(["0.mlp.experts.down_proj", "0.mlp.gate.weight", "1.mlp.gate.weight"])
@@ -66,9 +66,9 @@ def router_parameters(names: Iterable[str]) -> dict[str, str]:
 
 
 def routers(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the routers whose weight is one matrix [experts, hidden].
+    """Return the routers that have a weight of shape [experts, hidden].
 
-    If the matrix belongs to a submodule of a router, this router is left out.
+    A router is left out if this weight is in a submodule of the router.
 
     Returns:
         A dict from name to router, in the order of the layers.

@@ -41,16 +41,17 @@ def load_masks(
     Args:
         path: path of a safetensors file with one bool tensor per parameter.
         shapes: name -> shape of every parameter in the scope. None skips the comparison.
-        model: function that returns the fingerprint of the model for which the masks are loaded. It is called with the
-            loaded masks, because the fingerprint may cover only weights that the masks freeze. If ``model`` is None or
-            the file contains no fingerprint, no fingerprints are compared.
+        model: function that takes the loaded masks and returns the fingerprint of the current model. The masks
+            tell it which entries are frozen. If ``model`` is None or the file contains no fingerprint, the models are
+            not compared.
 
     Returns:
         name -> bool tensor.
 
     Raises:
         EditError: the file is missing, is damaged or was changed after it was written. The error is also raised if a
-            tensor is not bool or has another shape, or if the file and ``shapes`` do not have the same names.
+            mask is not bool, if it does not have the shape of its parameter, or if the file and ``shapes`` do not have
+            the same names.
     """
     masks, metadata = load_tensors(path, kind=_KIND, memory_map=False, allow_unsigned=True)
     for name, mask in masks.items():

@@ -36,9 +36,9 @@ class MaskScore:
             - "fisher_ratio": the "fisher" score divided by the Fisher information on the ``texts`` of ``GradientMask``;
             - "magnitude": absolute value of the weight before the edit;
             - "random": random numbers.
-        limit: maximum number of edits that the score uses. For "fisher_ratio", ``limit`` is also the maximum number of
-            token sequences from those ``texts``. None means no maximum. Each edit and each sequence costs one backward
-            pass. "magnitude" and "random" ignore ``limit``.
+        limit: maximum number of edits that the score uses. "fisher_ratio" also uses at most ``limit`` token sequences
+            of the ``texts``. None means no maximum. Each edit and each sequence costs one backward pass. "magnitude"
+            and "random" ignore ``limit``.
         seed: seed for the choice of edits and sequences, for the sampled labels and for the random scores.
 
     Example:
@@ -102,8 +102,8 @@ def score_entries(
         texts: required for "fisher_ratio".
 
     Returns:
-        A pair of dicts by parameter name: the scores in the shape of the parameter, and the Fisher information on the
-        texts. For every score except "fisher_ratio", the second item is None.
+        A pair: the scores, and the Fisher information on the texts. Each is a dict from the name of a parameter to a
+        tensor of the parameter's shape. The Fisher information is None for every score except "fisher_ratio".
     """
     if score.name == "magnitude":
         return {name: full_tensor(run.reference[name]).float().abs() for name in run.scope}, None
@@ -141,11 +141,10 @@ def choose_masks(
     Args:
         model: the model that contains the parameters.
         scores: name -> scores in the shape of the parameter.
-        on_texts: name -> Fisher information by which the scores are divided. None skips the division. If the
-            granularity is "row" or "column", the scores and the Fisher information are averaged over each row or column
-            before the division.
+        on_texts: name -> Fisher information on texts. The scores are divided by it. None skips the division.
         density: fraction of the entries, rows or columns that stay trainable.
         granularity: whether a mask selects single entries ("element"), whole rows ("row") or whole columns ("column").
+            For rows and columns, the scores and the Fisher information are first averaged over each row or column.
 
     Returns:
         name -> bool mask, True where the entry may change.

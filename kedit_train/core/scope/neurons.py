@@ -37,11 +37,11 @@ def matrix_of(bias: str) -> str:
 
 
 def unit_of(model: nn.Module, name: str, granularity: Granularity, scope: Container[str]) -> Unit:
-    """Return the rule by which a mask selects rows, columns or entries of a parameter.
+    """Return how a mask selects entries, rows or columns of a parameter.
 
     A row contains the weights and the bias entry of one output neuron. A column contains the weights of one input
-    neuron and no bias entry. Some vectors, such as the weight of a norm, are not the bias of a matrix. Each entry of
-    such a vector counts as both a row and a column.
+    neuron and no bias entry. In the weight of a norm, and in any other vector that is not the bias of a matrix, each
+    entry is selected separately.
 
     Args:
         model: the model that contains the parameter.
@@ -50,8 +50,8 @@ def unit_of(model: nn.Module, name: str, granularity: Granularity, scope: Contai
         scope: names of the parameters in the scope.
 
     Returns:
-        A pair (rule, dimension), which ``Unit`` explains. The rule "as_matrix" is returned only for a bias. The
-        dimension is then the output dimension of the weight matrix that the bias belongs to.
+        A pair (rule, dimension), which ``Unit`` explains. With the rule "as_matrix", the parameter is a bias, and the
+        dimension is the output dimension of its weight matrix.
 
     Raises:
         EditError: rows or columns are requested for a stack of matrices, such as fused experts.

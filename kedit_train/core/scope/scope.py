@@ -25,8 +25,8 @@ def find_layers(model: nn.Module) -> tuple[str, int]:
     """Find the stack of layers of a model.
 
     The stack is the outermost ``nn.ModuleList`` that has ``config.num_hidden_layers`` entries. If no list has this
-    length, the model must have exactly one outermost ``nn.ModuleList``. In a model that also reads images or audio, the
-    stack is that of the language model.
+    length, the model must have exactly one outermost ``nn.ModuleList``. In a model that also reads images or audio,
+    only the lists inside the language model count.
 
     Returns:
         The dotted name of the stack and the number of its layers.
@@ -81,7 +81,7 @@ def layer_indices(layers: Layers, depth: int) -> list[int]:
 
 
 def check_selection(layers: Layers, modules: Modules) -> None:
-    """Check everything about a selection that does not depend on the model.
+    """Check ``layers`` and ``modules`` as far as this is possible without a model.
 
     Raises:
         EditError: ``layers`` or ``modules`` has a wrong type or contains an empty string, or a string in ``layers``
@@ -188,6 +188,9 @@ def resolve_scope(model: nn.Module, layers: Layers = None, modules: Modules = No
     In a model that also reads images or audio, patterns match the parameters of the language model. A part outside of
     the language model is selected only by a pattern that contains its name ("visual.blocks"), or by "*".
 
+    torch computes some weights from other parameters, for example with weight norm. If a pattern matches such a weight,
+    the patterns must also match all trainable parameters from which the weight is computed.
+
     Args:
         model: any module.
         layers: the selected layers, as in :func:`layer_indices`. None also includes parameters outside the layers.
@@ -198,10 +201,8 @@ def resolve_scope(model: nn.Module, layers: Layers = None, modules: Modules = No
         A dict from name to parameter.
 
     Raises:
-        EditError: a layer is out of range, or a pattern matches nothing, only frozen parameters, only routers or only
-            parts outside of the language model. The error is also raised if a pattern matches a weight that torch
-            computes from other parameters (for example with weight norm), but the patterns leave out a trainable one
-            of these parameters.
+        EditError: a layer is out of range, a pattern selects no trainable parameter, or the patterns match a computed
+            weight but leave out a trainable parameter from which it is computed.
     """
     patterns = _patterns(modules)
     named = list(model.named_parameters(remove_duplicate=False))
@@ -255,7 +256,7 @@ def resolve_scope(model: nn.Module, layers: Layers = None, modules: Modules = No
 def _check_computed(
     model: nn.Module, prefixes: tuple[str, ...], patterns: Sequence[str], parts: Mapping[str, str]
 ) -> None:
-    """Raise an error if the patterns match a computed weight, but not all parameters that it is computed from."""
+    """Raise an error if the patterns match a computed weight without its trainable parameters."""
     for weight in computed_weights(model):
         part = next((parts[name] for name in weight.originals if name in parts), "")
         matching = [p for p in patterns if matches(weight.name, p) and part in ("", *p.split("."))]
@@ -264,9 +265,8 @@ def _check_computed(
         if pattern is not None and not all(any(matches(name, p) for p in patterns) for name in trainable):
             raise EditError(
                 f"modules={pattern!r} matches {weight.name}, which is not a parameter: {weight.source} computes this "
-                f"weight from {', '.join(trainable)}, and modules= does not match all of these. To train the weight, "
-                f"set modules={weight.module or trainable!r}, or call {weight.remedy} before the edit. To keep it "
-                "frozen, use a pattern that does not match it."
+                f"weight from {', '.join(trainable)}. To train the weight, set modules={weight.module or trainable!r}, "
+                f"or call {weight.remedy} before the edit. To keep it frozen, use a pattern that does not match it."
             )
 
 
@@ -279,7 +279,7 @@ def _patterns(modules: Modules) -> list[str]:
     # An empty pattern would match every parameter that is not the weight of an expert.
     if not patterns or not all(isinstance(pattern, str) and is_visible(pattern) for pattern in patterns):
         raise EditError(
-            'modules must be a pattern, such as "mlp.down_proj", a list of at least one pattern, or None for all '
+            'modules must be a pattern (for example "mlp.down_proj"), a list of at least one pattern, or None for all '
             f"modules, got {cut(repr(modules))}."
         )
     return patterns  # type: ignore[return-value]

@@ -18,9 +18,9 @@ class SubjectPositions:
     A row belongs to an edit if its text contains the prompt of the edit. The prompt may be inside of a chat template or
     after other text, and a packed row can contain several prompts.
 
-    If the subject is only the first token of a row, all tokens of the prompt count as subject tokens. In most models,
-    the hidden states at the first position hardly depend on the token (an attention sink), so an edit cannot be learned
-    there.
+    If the first token of a row contains the whole subject, all tokens of the prompt count as subject tokens. In most
+    models, the hidden states at the first position hardly depend on the token (an attention sink), so an edit cannot be
+    learned there.
 
     Args:
         tokenizer: the tokenizer of the rows.
@@ -31,7 +31,7 @@ class SubjectPositions:
         found: number of rows so far that contain a prompt with its subject.
         tokens: number of tokens in all rows so far, without padding.
         chosen: number of these tokens for which :meth:`find` has returned True.
-        whole_prompts: number of rows so far in which the subject is only the first token.
+        whole_prompts: number of rows so far whose first token contains a whole subject.
     """
 
     def __init__(self, tokenizer: Any, edits: Sequence[Edit]) -> None:
@@ -67,14 +67,14 @@ class SubjectPositions:
         return chosen.to(ids.device)
 
     def _positions(self, tokens: tuple[int, ...]) -> list[int] | None:
-        """Return the indices of the tokens of all subjects in a row; None if it contains no prompt of an edit."""
+        """Return the indices of the subject tokens in a row, or None if the row contains no prompt of an edit."""
         if tokens not in self._known:
             found = list(self._spans(self._text(tokens)))
             self._known[tokens] = self._overlapping(tokens, found) if found else None
         return self._known[tokens]
 
     def _spans(self, text: str) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
-        """Yield two spans (begin, end), in characters, for each subject in a text: of the subject and of its prompt."""
+        """Yield the character span of each subject in a text, and the span of its prompt."""
         for prompt, spans in self._subjects.items():
             at = text.find(prompt)
             while at >= 0:

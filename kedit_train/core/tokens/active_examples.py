@@ -29,8 +29,8 @@ class ActiveExamples:
         learned: dict from the key of a learned example to a list of numbers. The first number is how many more times
             the example will be left out. The other numbers are sums over the example's tokens in its last forward pass:
             the loss and, with TRL, the entropy and the number of correct tokens.
-        seconds_saved: estimated training time saved so far. Each call of :meth:`select` adds the number of tokens that
-            it leaves out, multiplied by the seconds per computed token since the previous call.
+        seconds_saved: estimated training time saved so far. For the estimate, :meth:`select` counts the tokens that it
+            leaves out, and measures the time per computed token.
     """
 
     def __init__(self, recheck: int, probability: float | None) -> None:
@@ -98,8 +98,9 @@ class ActiveExamples:
         Args:
             where: [examples, length - 1] bool, the supervised positions.
             active: [N] bool, True for each of the N supervised positions whose token is not learned yet.
-            sums: tensors [N] with one value per supervised position; the first tensor is the loss. This method adds up
-                the values of each example, and stores the totals of the learned examples.
+            sums: tensors [N] with one value per supervised position: the loss and, with TRL, the entropy and whether
+                the label was the most probable token. This method stores the sums of these values for each learned
+                example.
         """
         if not self._keys:
             return

@@ -55,11 +55,11 @@ class ContextTargets:
     """Soft targets for the answer tokens of edits: next-token distributions of the unedited model given the new fact.
 
     The teacher (the unedited model) reads the prompt with the fact and then the target of the edit (teacher forcing).
-    The distributions are computed once, in the constructor. If the label of a token is not the teacher's most probable
-    token, the distribution would teach another answer. The token is then trained towards its label instead.
+    The distributions are computed once, in the constructor. If the teacher's most probable token is not the label, the
+    distribution would teach a wrong answer. In this case, the token is trained towards its label.
 
     Args:
-        run: the run. During the forward passes, its model has the weights before the edit.
+        run: the run. The constructor computes the distributions with the weights before the edit.
         tokenizer: the tokenizer of the training examples.
         edits: the edits.
         context: a template with the fields ``{fact}`` and ``{prompt}``.
@@ -67,12 +67,12 @@ class ContextTargets:
         prompt_format: the prompt format of the training examples.
 
     Attributes:
-        follows: one bool per edit, True if the teacher gives the highest probability to every token of the target.
-            Edits with the same prompt and target count as one edit.
+        follows: one bool per edit, True if every token of the target is the teacher's most probable token. Edits with
+            the same prompt and target share one bool.
 
     Raises:
-        EditError: ``top_k`` is greater than the vocabulary, or an edit with its fact is longer than the context length
-            of the model.
+        EditError: ``top_k`` is greater than the vocabulary, the target of an edit has no text, or the teacher would
+            have to read more tokens than the context length of the model.
     """
 
     def __init__(
@@ -116,7 +116,8 @@ class ContextTargets:
 
         Returns:
             Log probabilities [N, k + 1], token ids [N, k], and a bool tensor [N] that is True for tokens with a soft
-            target. For all other tokens, the rows of the first two tensors have no meaning.
+            target. The first k log probabilities belong to the k token ids. The last one is the logarithm of the total
+            probability of all other tokens. The rows of tokens without a soft target have no meaning.
         """
         labels = inputs["labels"].cpu()
         supervised = labels != IGNORE_INDEX
@@ -184,9 +185,9 @@ def _top_k(run: EditRun, answers: Sequence[_Answer], k: int) -> tuple[tuple[Tens
     """Compute the soft targets of all answers with the unedited model.
 
     Returns:
-        A tuple of three tensors, and a list. The tensors have one row per answer token: the log probabilities
-        [tokens, k + 1], the token ids [tokens, k], and a bool tensor [tokens] that is True if the label is the most
-        probable token. The list contains, for each answer, the row of its first token.
+        Three tensors with one row per answer token, and a list. The tensors are the log probabilities [tokens, k + 1],
+        the token ids [tokens, k], and a bool tensor [tokens] that is True if the answer token is the most probable
+        token. The list contains the index of the first row of each answer.
     """
     head, sequences = run.head(), [answer.teacher for answer in answers]
     places, parts, count = [0] * len(answers), [], 0
@@ -207,9 +208,9 @@ def _top_k(run: EditRun, answers: Sequence[_Answer], k: int) -> tuple[tuple[Tens
 
 
 def _sequences(inputs: Mapping[str, Any], labels: Tensor) -> Iterator[tuple[int, list[int], tuple[int, ...]]]:
-    """Yield the row, the columns and the token ids of each sequence of a batch, without padding.
+    """Yield each sequence of a batch: its row, the columns of its tokens, and its token ids, without padding.
 
-    A packed row contains several sequences. Each of them begins at a position id of 0.
+    With packing, a row contains several sequences. A sequence begins where the position id is 0.
     """
     ids, positions = inputs.get("input_ids"), inputs.get("position_ids")
     if not isinstance(ids, Tensor) or ids.shape != labels.shape:

@@ -1,4 +1,7 @@
-"""Interfaces of the loss head for objectives, additional loss terms and example filters."""
+"""Interfaces of the objects that the loss head calls: objectives, additional loss terms and example filters.
+
+The loss head (``LossHead``) replaces the loss of a model during training.
+"""
 
 from __future__ import annotations
 
@@ -92,7 +95,7 @@ class LeftOutExample:
         tokens: number of supervised tokens.
         loss: sum of the losses of these tokens.
         entropy: sum of the entropies of the distributions that predict these tokens, in nats.
-        correct: number of these tokens to which the model gave the highest probability.
+        correct: number of these tokens that were the model's most probable token.
     """
 
     tokens: int
@@ -105,12 +108,12 @@ class LeftOutExample:
 class LeftOut:
     """The examples that were left out of the forward pass of one batch.
 
-    Means over the batch include these examples, with the values from their last forward pass.
+    Means over the batch include these examples. Their values come from their last forward pass.
 
     Args:
         examples: the examples.
-        place: shows which part of the host's batch the model computes. The three elements are the shape of the host's
-            batch ([batch, length]), the computed rows, and the computed columns. None means the whole batch.
+        place: the part of the batch that the model computes, given as the shape of the full batch ([batch, length]),
+            the computed rows, and the computed columns. With None, the model computes the full batch.
     """
 
     examples: tuple[LeftOutExample, ...] = ()

@@ -40,7 +40,7 @@ class _Call:
         labels: [batch, length].
         items: ``num_items_in_batch``, the number of tokens over which the host takes the mean, or None.
         fused: whether TRL passed ``fused_lm_head=True``. TRL then expects an output with one loss per token.
-        positions: position ids, which are 0 at the start of every sequence, or None if such ids are not known.
+        positions: the position of each token in its sequence, or None if the positions are not known.
         reference_states: the hidden states of the reference model at the N supervised tokens, [N, hidden]. None if the
             loss has no second term (:class:`TokenTerm`).
         soft_targets: tensors [N, ...] with the soft targets of the N supervised tokens. Empty without soft targets.
@@ -189,9 +189,9 @@ class LossHead:
         if hidden is None or hidden.shape[:2] != call.labels.shape:
             shape = "none" if hidden is None else f"[batch, length] = {tuple(hidden.shape[:2])}"
             raise EditError(
-                f"the output head of {type(module).__name__} must receive one hidden state per label ([batch, "
-                f"length] = {tuple(call.labels.shape)}), got {shape}; if the model uses prompt tuning, remove it, "
-                "otherwise call the output head as a module in forward()."
+                f"the output head of {type(module).__name__} must receive one hidden state per label, [batch, length] "
+                f"= {tuple(call.labels.shape)}, got {shape}; remove prompt tuning, or call the output head as a module "
+                "in forward()."
             )
         output = self._score(call, hidden[:, :-1], output)
         if self.full_logits and not call.fused:
@@ -259,10 +259,9 @@ class LossHead:
         """Compute the loss and other values of every supervised token.
 
         Returns:
-            A list of names, and a tuple of tensors [N]. The tensors are the weighted loss, ``active``, the statistics
-            of the objective, and then one tensor for each name in the list. The list contains "probability" if the
-            filter needs it, "divergence" if the loss has a second term, and "entropy" and "correct" if TRL passed
-            ``fused_lm_head=True``.
+            The names of additional values, and a tuple of tensors [N]: the weighted loss, ``active``, the statistics of
+            the objective, and the additional values. These are "probability" if the filter needs it, "divergence" if
+            the loss has a second term, and "entropy" and "correct" if TRL passed ``fused_lm_head=True``.
         """
         term = self.term
         needs_probability = self.filter is not None and self.filter.probability is not None

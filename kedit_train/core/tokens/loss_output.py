@@ -1,4 +1,4 @@
-"""Build the model outputs that the loss head returns to the host instead of the model's own loss and logits."""
+"""Build the outputs that a model returns when ``LossHead`` computes its loss."""
 
 from __future__ import annotations
 

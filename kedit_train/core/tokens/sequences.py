@@ -7,13 +7,12 @@ from torch import Tensor
 
 
 def text_positions(position_ids: Tensor | None) -> Tensor | None:
-    """Return the position ids that are 0 at the start of every sequence, or None if they are not known.
+    """Return the position of each token in its sequence, or None if the positions are not known.
 
     Args:
-        position_ids: the argument of the model's forward call: [batch, length] or [1, length]. Vision-language models
+        position_ids: the argument of the model's forward call, [batch, length] or [1, length]. Vision-language models
             also accept [3, batch, length] (the positions in time, height and width) and [4, batch, length] (the
-            positions in the text, then these three). Only the positions in the text show where sequences begin, so
-            the result is None for [3, batch, length].
+            position in the sequence, then these three). With [3, batch, length], the result is None.
     """
     if position_ids is None or position_ids.ndim < 3:
         return position_ids
@@ -57,16 +56,16 @@ def first_of_sequence(numbers: Tensor) -> Tensor:
 def sequence_weights(where: Tensor, positions: Tensor | None, *, left_out: int = 0, shares: int = 1) -> Tensor:
     """Return token weights that make every sequence count equally.
 
-    With these weights, the sum of the token losses is a mean over sequences. Each sequence contributes the mean over
-    its tokens.
+    With these weights, the weighted sum of the token losses is a mean over sequences. The loss of a sequence is the
+    mean over its tokens.
 
     Args:
         where: [batch, length - 1] bool, the positions that predict a supervised token.
         positions: as for :func:`sequence_numbers`.
         left_out: number of sequences that were removed from the batch. The mean divides by the number of all sequences,
             including the removed ones.
-        shares: number of micro-batch losses in the sum of one optimizer step, or 1 if the host averages these losses.
-            The weights are divided by this number.
+        shares: number of micro-batch losses that the host adds up in one optimizer step, or 1 if the host averages
+            these losses. The weights are divided by this number.
 
     Returns:
         [batch, length - 1] fp32, zero at unsupervised positions.

@@ -37,9 +37,9 @@ class Subtraction:
 
     Args:
         coefficients: numbers above 0, tried in ascending order.
-        scale: how a coefficient sets the size of the subtracted change. "trained": the change is the coefficient times
-            the trained difference. "base": the trained difference is rescaled. The norm of the change is then the
-            coefficient times the norm of the original weights (counting only the parameters that training changed).
+        scale: "trained" multiplies the trained difference by the coefficient. "base" first rescales the trained
+            difference to the norm of the original weights, and then multiplies it by the coefficient. Both norms count
+            only the parameters that training changed.
         max_probability: the search ends when the mean probability of the old answers is at most this value.
         max_perplexity_ratio: the highest accepted value of (perplexity after the subtraction) / (perplexity before).
     """
@@ -52,9 +52,9 @@ class Subtraction:
     def search(
         self, before: Measurement, length: float, measure: Callable[[float, float], Measurement]
     ) -> tuple[list[Measurement], int, EndedBy]:
-        """Try the coefficients in ascending order until one forgets the old answers or raises the perplexity too much.
+        """Try the coefficients in ascending order until the old answers are forgotten or the perplexity is too high.
 
-        If the perplexity becomes too high, the previous coefficient is chosen.
+        If a coefficient makes the perplexity too high, the previous coefficient is chosen.
 
         Args:
             before: the measurement of the model before the subtraction.

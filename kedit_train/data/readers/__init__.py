@@ -32,7 +32,7 @@ FORMATS: dict[str, Format] = {form.name: form for form in _ALL}
 
 
 def formats_of(record: Mapping[str, Any]) -> list[Format]:
-    """Return the formats that recognize a record, except those that another of these formats extends."""
+    """Return the formats that recognize a record. If one of them extends another, the other is left out."""
     recognized = [form for form in FORMATS.values() if form.recognize(record)]
     extended = {name for form in recognized for name in form.extends}
     return [form for form in recognized if form.name not in extended]
@@ -116,16 +116,16 @@ def read_records(
 ) -> tuple[list[Edit], str, tuple[str, ...]]:
     """Convert records to edits.
 
-    The function warns once if records were skipped, once if records have fields that the format does not read, and once
-    if edits repeat earlier edits.
+    The function gives one warning for each of these problems: skipped records, fields that the format does not read,
+    and edits that repeat earlier edits.
 
     Args:
         records: the records.
         name: the beginning of every error message, for example the name of the file.
-        places: one text per record, with which an error message about this record begins. If None, the message begins
-            with ``name`` and the number of the record.
-        format: the name of the format. None recognizes the format from the fields of the records.
-        on_error: "raise" or "skip".
+        places: one text per record. Error messages about the record begin with this text. If ``places`` is None, they
+            begin with ``name`` and the number of the record.
+        format: the name of the format. If None, the format is recognized from the fields of the records.
+        on_error: "raise" or "skip". With "skip", malformed records are left out.
         limit: stop after this many readable records. None reads all records.
         csv: True if the records are rows of a CSV file.
 

@@ -1,4 +1,4 @@
-"""Readers for benchmarks of what follows from an edit: RippleEdits, UniEdit and HalluEditBench."""
+"""Readers for benchmarks that test the consequences of an edit: RippleEdits, UniEdit and HalluEditBench."""
 
 from __future__ import annotations
 
@@ -23,17 +23,18 @@ _HOPS = range(2, 7)
 def read_ripple_edits(record: Fields) -> list[Edit]:
     """Read a record of RippleEdits.
 
-    The edit of a record is a full sentence, such as "The gender of Ada is female.". The sentence is split into prompt
-    and target after its last "is", "are", "follows" or "is followed by". A record may also have a ``previous_fact``: a
-    sentence that begins in the same way, but ends with the old answer. Then the split must be in the common beginning
-    of the two sentences, and the rest of the second sentence becomes the old answer.
+    A record contains the new fact as a sentence, such as "The gender of Ada is female.". The prompt ends after the last
+    "is", "are", "follows" or "is followed by" of this sentence. The rest of the sentence is the target.
+
+    A record may also contain the old fact as a sentence (``previous_fact``), such as "The gender of Ada is male.". In
+    this case, both sentences must begin with the prompt. The rest of the old sentence becomes the old answer.
 
     The record names the subject only by a Wikidata identifier, so the edit has no subject.
 
     RippleEdits has test questions for six criteria. The names of the criteria become the kinds of the questions. The
-    questions of ``Relation_Specificity`` and ``Forgetfulness`` become locality questions. Those of the other four
-    criteria become portability questions. ``test_condition`` and ``condition_queries`` (questions that the unedited
-    model must answer for a test to count) are not read.
+    questions of ``Relation_Specificity`` and ``Forgetfulness`` become locality questions. The questions of the other
+    four criteria become portability questions. ``test_condition`` and ``condition_queries`` are not read. They say
+    which questions the unedited model must answer for a test to count.
 
     References:
         "Evaluating the Ripple Effects of Knowledge Editing in Language Models", arXiv 2307.12976.
@@ -83,8 +84,9 @@ def read_uniedit(record: Fields) -> list[Edit]:
 
     The answers to the questions under ``generality`` differ from the target of the edit. Therefore, these questions
     become portability questions, not rephrases. Their kinds are the values of ``path_type``: "single" (reasoning along
-    one chain of facts) and "double" (two chains that lead to one entity). The questions under ``locality`` keep
-    ``loc_type`` as their kind. The chains of facts (``paths``, ``one_hops``) and the Wikidata entries are not read.
+    one chain of facts) and "double" (two chains that lead to one entity). The questions under ``locality`` become
+    locality questions, and their kinds are the values of ``loc_type``. The chains of facts (``paths``, ``one_hops``)
+    and the Wikidata entries are not read.
 
     References:
         "UniEdit: A Unified Knowledge Editing Benchmark for Large Language Models", arXiv 2505.12345.
@@ -119,10 +121,14 @@ def read_hallueditbench(record: Fields) -> list[Edit]:
     """Read a row of HalluEditBench.
 
     ``question`` is the prompt and ``object`` is the target. ``paraphrased_question`` becomes the rephrase.
-    ``locality_question`` becomes a locality question without an answer. The portability questions have the kinds
-    ``yes`` and ``no`` (the right answer is "Yes" or "No"), ``reversed`` (the answer is the subject) and ``2_hops`` to
-    ``6_hops``. The multiple-choice questions are not read. The fields ``output_...`` and ``eval_...`` are not read
-    either, because they are about the answers of one model.
+    ``locality_question`` becomes a locality question without an answer. The portability questions have these kinds:
+
+    - ``yes`` and ``no``: the right answer is "Yes" or "No".
+    - ``reversed``: the right answer is the subject of the edit.
+    - ``2_hops`` to ``6_hops``: the question needs a chain of 2 to 6 facts.
+
+    The multiple-choice questions are not read. The fields ``output_...`` and ``eval_...`` are about the answers of one
+    model and are not read.
 
     References:
         "Can Knowledge Editing Really Correct Hallucinations?", arXiv 2410.16251.

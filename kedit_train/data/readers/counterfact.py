@@ -22,9 +22,9 @@ def read(record: Fields) -> list[Edit]:
     """Read a record of flat CounterFact.
 
     ``ground_truth`` is the old answer. ``rephrase_prompt`` (a text) and ``rephrase_prompts`` (a list) become rephrases.
-    ``locality_prompt`` asks about another subject that also has ``ground_truth`` as its right answer. It becomes a
-    locality question of the kind ``neighborhood``, with the answer in ``locality_ground_truth``. ``relation`` and
-    ``relation_id`` only name the relation and are not read.
+    ``locality_prompt`` asks about another subject, and ``locality_ground_truth`` is its right answer. They become a
+    locality question of the kind ``neighborhood``. ``relation`` and ``relation_id`` only name the relation and are not
+    read.
 
     References:
         "Locating and Editing Factual Associations in GPT", arXiv 2202.05262.

@@ -27,10 +27,11 @@ _FIELDS = field_names("id title text subject questions locality")
 def read(record: Fields) -> list[Edit]:
     """Read a document: the model is trained to write ``text`` after ``title``.
 
-    The prompt of the edit is the title and an empty line. The target is the text, so all its tokens are trained.
-    The field ``questions`` contains questions about the document, which become portability questions. It is a list, or
-    a mapping from kinds to lists. The questions of a list get the kind "questions". ``subject`` and ``locality`` are
-    read as in the format of kedit-train.
+    The prompt of the edit is the title and an empty line. The target is the whole text.
+
+    ``questions`` contains questions about the document. It is a list of questions, or a mapping from kinds to such
+    lists. The questions become portability questions. If ``questions`` is a list, their kind is "questions".
+    ``subject`` and ``locality`` have the same form as in the format "edits", the format of kedit-train.
     """
     # The text is read first, so that a record of another format is reported with the field that every document has.
     text = record.answer("text")
@@ -63,8 +64,8 @@ def read_path(path: Path) -> tuple[list[Any], list[str]]:
     Returns:
         Two lists of the same length. The first list contains the records, as :func:`read_file` returns them. For each
         empty document and for each unreadable file in a folder, it contains an ``EditError`` (not raised) instead of a
-        record. The second list contains the beginning of the error messages about each record: its file, and its number
-        in a file of records.
+        record. The second list says where each record comes from: a path, and for a file of records also the number of
+        the record. Error messages about the record begin with this text.
 
     Raises:
         EditError: the path does not exist, the file cannot be read, or a folder has no file with a known ending.
@@ -82,7 +83,7 @@ def read_path(path: Path) -> tuple[list[Any], list[str]]:
 
 
 def form_of(path: Path) -> str | None:
-    """Return "documents" for paths that can only contain documents: folders, ``.txt`` and ``.md`` files."""
+    """Return "documents" for a folder and for a ``.txt`` or ``.md`` file, and None for any other path."""
     return DOCUMENTS.name if path.is_dir() or path.suffix.lower() in TEXT_SUFFIXES else None
 
 
@@ -147,7 +148,7 @@ def _read_text_file(path: Path, name: str) -> dict[str, Any] | EditError:
 
 
 def _titled(record: Any, stem: str, number: int) -> Any:
-    """Return the record. A document without a title gets one: the name of its file and its number, such as "news 3"."""
+    """Add a title to a document without one: the name of its file and its number, such as "news 3"."""
     if not _is_document(record) or not is_blank(record.get("title")):
         return record
     return {**record, "title": f"{_from_stem(stem)} {number}"}

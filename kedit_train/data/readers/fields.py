@@ -50,10 +50,11 @@ def is_blank(value: object) -> bool:
 
 
 class Fields:
-    """The fields of a record, or of a mapping inside a record, with checks of their types.
+    """The fields of a record, or of a mapping inside a record. Each method that reads a field checks its type.
 
-    An optional field may be missing, null or blank. A value of a wrong type raises a one-line ``EditError``. Several
-    keys in one call are alternative names of the same field. The call then reads the first key that has a value.
+    An optional field may be missing, null or blank. A value of a wrong type raises a one-line ``EditError``. If a
+    method is called with several keys, they are alternative names of one field. The method reads the first key that has
+    a value.
 
     Args:
         values: the record.

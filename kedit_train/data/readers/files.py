@@ -1,4 +1,4 @@
-"""Read the records of a file. For an invalid line, an error object is returned, so that the caller can skip it."""
+"""Read the records of a file. An invalid line is returned as an error object, so that the caller can skip the line."""
 
 from __future__ import annotations
 
@@ -30,8 +30,9 @@ def read_file(path: Path) -> list[Any]:
             lines are skipped. In a CSV file, the first row names the fields, and an empty cell is a missing field.
 
     Returns:
-        One mapping per record. A JSON value that is not a mapping is returned unchanged. For a line that is not JSON
-        and for a row with a wrong number of cells, the list contains an ``EditError`` (not raised) instead.
+        A list with one item per record. A valid record is a mapping. A JSON value that is not a mapping is returned
+        unchanged. For a JSONL line that is not JSON, and for a CSV row with a wrong number of cells, the item is an
+        ``EditError`` (not raised).
 
     Raises:
         EditError: the file is missing, empty, not UTF-8 text, or not valid JSON or CSV. The error is also raised if the

@@ -23,9 +23,9 @@ class Format:
         ignores: names of the top-level fields that are known but not read.
         structured: names of the fields that contain lists or mappings. In a CSV file, a cell of such a field contains
             JSON or texts separated by ``|``.
-        ignored_prefixes: beginnings of the names of further fields that are known but not read.
-        extends: names of other formats that may also recognize the records of this format, because the records have the
-            fields of both. Such a record counts only as a record of this format.
+        ignored_prefixes: top-level fields whose names begin with one of these texts are known but not read.
+        extends: names of other formats. If one of them also recognizes a record of this format, the record counts only
+            as a record of this format.
     """
 
     name: str

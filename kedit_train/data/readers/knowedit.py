@@ -1,4 +1,4 @@
-"""Reader for KnowEdit, whose locality and portability questions have kinds and lists of right answers."""
+"""Reader for KnowEdit. Its locality and portability questions are grouped by kind and have lists of right answers."""
 
 from __future__ import annotations
 
@@ -19,10 +19,12 @@ def read(record: Fields) -> list[Edit]:
     """Read a record of KnowEdit.
 
     Locality and portability questions keep the names of their kinds. Kinds without questions are left out. The right
-    answers to a question are a text, a list of texts, or a list of lists (each inner list contains the aliases of one
-    answer). Every one of these texts is accepted as a right answer. Some published locality questions have no answer
-    (``[[]]``) and become probes without answers. The first text of ``ground_truth`` of the record becomes the old
-    answer. ``cond`` repeats the contents of other fields and is not read.
+    answers to a question are a text, a list of texts, or a list of lists. In a list of lists, each inner list contains
+    the aliases of one answer. Every one of these texts is accepted as a right answer. Some published locality
+    questions have no answer (``[[]]``). They become probes without answers.
+
+    The top-level field ``ground_truth`` contains the old answers. Its first text becomes the old answer of the edit.
+    ``cond`` repeats the contents of other fields and is not read.
 
     References:
         "A Comprehensive Study of Knowledge Editing for Large Language Models", arXiv 2401.01286.

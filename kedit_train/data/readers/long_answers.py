@@ -46,14 +46,14 @@ def read_unkebench(record: Fields) -> list[Edit]:
 def read_akew(record: Fields) -> list[Edit]:
     """Read a record of AKEW for the benchmark's setting "unstructured": the target is the text ``fact_new_uns``.
 
-    AKEW has three files. Each record of CounterFact and WikiUpdate contains one fact. A record of MQuAKE-CF contains
-    one to three facts, and each fact becomes an edit. The prompt of an edit is ``question`` or ``prompt_full``. If
-    both are missing, it is ``prompt``.
+    AKEW has three files: CounterFact, WikiUpdate and MQuAKE-CF. A record of MQuAKE-CF contains one to three facts. A
+    record of the other files contains one fact. Each fact becomes an edit. The prompt of the edit is ``question`` or
+    ``prompt_full``, or ``prompt`` if both are missing.
 
-    Three kinds of portability questions ask for single facts of the text:
+    Three kinds of portability questions ask about single facts in the text:
 
-    - ``structured_fact``: the question is ``prompt``, and the answer is ``target_new``. An edit with the same
-      prompt does not get this question.
+    - ``structured_fact``: the question is ``prompt``, and the answer is ``target_new``. This question is left out if
+      ``prompt`` is already the prompt of the edit.
     - ``paraphrases``: the questions are ``paraphrase_prompts``, and the answer is ``target_new``.
     - ``extracted_triplets``: the questions and answers are in ``unsfact_triplets_GPT``.
 
@@ -95,10 +95,7 @@ def _akew_edit(record: Fields, rewrite: Fields) -> Edit:
 
 
 def _triplet_prompt(triplet: Fields) -> str:
-    """Return the prompt of an extracted triplet, with ``{}`` replaced by the subject.
-
-    A few prompts have no ``{}``, because they already contain the subject. They are returned unchanged.
-    """
+    """Replace ``{}`` in the prompt by the subject. A few prompts have no ``{}`` and stay unchanged."""
     prompt = triplet.text("prompt")
     return prompt.replace("{}", triplet.text("subject")) if "{}" in prompt else prompt
 

@@ -82,7 +82,7 @@ def read(record: Fields) -> list[Edit]:
 
 
 def write(edit: Edit) -> dict[str, Any]:
-    """Convert an edit to a dict of JSON values, without empty fields. ``read`` makes an equal edit from this dict."""
+    """Convert an edit to a dict of JSON values, without empty fields. ``read`` converts it back to an equal edit."""
 
     def kinds(probes: Mapping[str, tuple[Probe, ...]]) -> dict[str, Any]:
         return {kind: [{"prompt": p.prompt, "answers": list(p.answers)} for p in ps] for kind, ps in probes.items()}
@@ -104,8 +104,8 @@ def write(edit: Edit) -> dict[str, Any]:
 def recognize(record: Mapping[str, Any]) -> bool:
     """Return whether the keys are those of the kedit-train format.
 
-    The key ``target`` also occurs in the QAEdit format. So the result is False for a record with ``rephrase`` or
-    ``source``, unless it has ``rephrases``, ``old_target`` or ``aliases``, which QAEdit does not have.
+    One of the keys ``rephrases``, ``old_target`` or ``aliases`` is enough. The key ``target`` is also enough, except in
+    a record with ``rephrase`` or ``source``. Such a record is from QAEdit, which has the key ``target`` too.
     """
     keys = set(record)
     if keys & {"rephrases", "old_target", "aliases"}:

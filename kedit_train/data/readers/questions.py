@@ -26,7 +26,7 @@ def plain_question(text: str) -> str:
 def one_probe(
     record: Fields, kind: str, prompt_keys: tuple[str, ...], answer_keys: tuple[str, ...]
 ) -> dict[str, tuple[Probe, ...]]:
-    """Return ``{kind: (probe,)}``, or an empty mapping if the record has no value under any of the given keys.
+    """Return ``{kind: (probe,)}``, or an empty dict if the record has neither the question nor the answer.
 
     A question without an answer becomes a probe without answers. An answer without a question is an error.
     """
@@ -60,11 +60,11 @@ def read_zsre(record: Fields) -> list[Edit]:
 def read_wikibigedit(record: Fields) -> list[Edit]:
     """Read a record of WikiBigEdit.
 
-    The published files use two different names for the same field, for example ``prompt`` and ``update``. Both names
-    are read.
+    The published files use two sets of field names. In one set, the prompt is called ``prompt``. In the other set, it
+    is called ``update``. Both sets are read.
 
-    ``personas`` (the same question as the prompt, in the style of a persona) becomes the last rephrase. ``mhop``
-    becomes a portability question of the kind ``multi_hop``.
+    ``personas`` is the prompt in the words of a persona, and becomes the last rephrase. ``mhop`` becomes a portability
+    question of the kind ``multi_hop``.
 
     References:
         "Understanding the Limits of Lifelong Knowledge Editing in LLMs", arXiv 2503.05683.
@@ -106,7 +106,7 @@ def read_qaedit(record: Fields) -> list[Edit]:
 def is_wikibigedit(record: Mapping[str, Any]) -> bool:
     """Return whether the keys are those of WikiBigEdit.
 
-    The published files use two different names for the same field. One record may mix names of both kinds.
+    The published files use two sets of field names. One record may contain names from both sets.
     """
     keys = set(record)
     own_names = keys & {"update", "ans", "mhop", "mhop_ans", "personas"}

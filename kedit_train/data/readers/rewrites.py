@@ -28,12 +28,14 @@ def old_target(rewrite: Fields) -> str | None:
 def read_counterfact(record: Fields) -> list[Edit]:
     """Read a record of CounterFact.
 
-    ``paraphrase_prompts`` become rephrases. ``neighborhood_prompts`` (about other subjects, for which ``target_true``
-    is also true) become locality questions of the kind ``neighborhood``, with ``target_true`` as the right answer.
+    ``paraphrase_prompts`` become rephrases. ``neighborhood_prompts`` become locality questions of the kind
+    ``neighborhood``. They ask about other subjects, and their right answer is also ``target_true``.
 
-    Two fields are not read. ``attribute_prompts`` ask about other subjects, for which the new target was true before
-    the edit, so their answers do not show whether the edit succeeded. ``generation_prompts`` are beginnings of free
-    text and have no expected answer.
+    Two fields are not read:
+
+    - ``attribute_prompts`` ask about other subjects. The right answer is the new target even without the edit, so the
+      answers do not show whether the edit succeeded.
+    - ``generation_prompts`` are beginnings of free text and have no expected answer.
 
     References:
         "Locating and Editing Factual Associations in GPT", arXiv 2202.05262.
@@ -58,12 +60,12 @@ def read_mquake(record: Fields) -> list[Edit]:
     """Read a record of MQuAKE, which contains 1 to 4 edits.
 
     Each item of ``requested_rewrite`` becomes an edit, and the ``question`` of the item becomes the rephrase. If a
-    record contains several edits, their ids are the ``case_id`` with a number: ``"17-1"``, ``"17-2"``, and so on.
+    record contains several edits, their ids are ``"17-1"``, ``"17-2"`` and so on, where ``17`` is the ``case_id``.
 
-    The new answers to the multi-hop questions are right only after all edits of the record. So these questions become
-    portability probes of the last edit. Their kind is ``multi_hop_edits_1`` to ``multi_hop_edits_4``, where the last
-    digit is the number of edits in the record. If a record has several edits and each edit is made alone on the
-    unedited model, the score of its multi-hop questions has no meaning.
+    The new answers to the multi-hop questions are right only after all edits of the record have been made. So these
+    questions become portability probes of the last edit. Their kind is ``multi_hop_edits_1`` to ``multi_hop_edits_4``.
+    The last digit is the number of edits in the record. If you make each edit alone on the unedited model, ignore the
+    multi-hop scores of records with several edits.
 
     The old multi-hop answer and the lists of single hops are not read.
 

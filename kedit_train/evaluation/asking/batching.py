@@ -1,4 +1,4 @@
-"""Helpers for the forward passes of an evaluation: unwrapping, inference mode, batches and a progress bar."""
+"""Helpers for the forward passes of an evaluation: find the model, disable gradients, make batches, show progress."""
 
 from __future__ import annotations
 

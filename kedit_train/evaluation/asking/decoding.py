@@ -29,8 +29,9 @@ class Continuation:
     Args:
         ids: the ids of the generated tokens.
         ended: True if the last token ends the text, False if the limit on new tokens was reached.
-        margin: the smallest difference between the two largest logits, over all generated tokens. If ``margin`` is
-            within the rounding error of the model's dtype, another batch size or device may give another answer.
+        margin: the largest logit minus the second largest, at the token where this difference is smallest. If
+            ``margin`` is within the rounding error of the model's dtype, another batch size or device may give another
+            answer.
         diverged: True if a logit was NaN.
     """
 
@@ -64,7 +65,7 @@ def can_pad(model: Any) -> bool:
 
 
 class PromptBatch:
-    """The state of decoding a batch: the tokens of all sequences, padded on the left, and the key-value cache.
+    """A batch of sequences during decoding: their tokens, padded on the left, and the key-value cache.
 
     Args:
         model: a model in evaluation mode.
@@ -101,15 +102,15 @@ class PromptBatch:
         return self.model(**inputs).logits[:, -1].float()
 
     def logits_of_targets(self, rows: Sequence[int], targets: Sequence[Sequence[int]]) -> list[Tensor]:
-        """Return the logits after each token in ``targets``. Each target continues one prompt of the batch.
+        """Run the model on targets that continue the prompts, and return the logits after each target token.
 
         Call :meth:`next_logits` first, so that the cache contains the prompts. The model reads the targets with a copy
         of this cache, and the batch does not change. :func:`can_pad` must be True for the model.
 
         Args:
             rows: for each target, the index of its prompt in the batch. Several targets may have the same prompt.
-            targets: one list of token ids per target. The caller removes the last token of each target, because the
-                logits after the last token are not needed.
+            targets: one list of token ids per target. Leave out the last token of a target if you do not need the
+                logits after it.
 
         Returns:
             One tensor per target, [tokens, vocabulary] in fp32.

@@ -1,9 +1,11 @@
 """``generate_answers``: generate a model's answers to prompts with greedy decoding.
 
-An edit is judged by the text that the model generates freely. Two common shortcuts are teacher forcing and cutting the
-output at the length of the true answer. These shortcuts nearly triple the measured success (Yang et al., "The Mirage of
-Model Editing", arXiv 2502.11177). An answer ends at end-of-text or at the first line break. An answer never ends at a
-full stop, because "St. Louis" is one answer.
+An edit is judged by the text that the model generates freely. Two common shortcuts make edits look more successful than
+they are: teacher forcing, and cutting the output at the length of the true answer. These shortcuts nearly triple the
+measured success rate (Yang et al., "The Mirage of Model Editing", arXiv 2502.11177).
+
+An answer ends at end-of-text or at the first line break. A full stop does not end an answer, because "St. Louis" is one
+answer.
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ class Answer:
     Args:
         text: the answer up to end-of-text or the first line break, without surrounding white space.
         ended: True if the model ended the answer. False if ``max_new_tokens`` or the model's context cut the answer.
-        margin: the smallest difference between the two largest logits, over all generated tokens.
+        margin: the largest logit minus the second largest, at the token where this difference is smallest.
         ids: the token ids of the answer, without the token that ended it.
     """
 
@@ -51,12 +53,12 @@ class Answer:
 
 
 class AnswerEnd:
-    """Decides whether a token ends an answer. End-of-text tokens and, by default, line breaks end an answer.
+    """Decides whether a generated token ends the answer.
 
     Args:
         model: the model. The end-of-text tokens in its generation config end an answer.
         tokenizer: the model's tokenizer. Its end-of-text token also ends an answer.
-        stops: texts that also end an answer. A token that contains one of them ends the answer. Default: a line break.
+        stops: a token that contains one of these texts also ends an answer. Default: a line break.
         prompt_format: with "chat", the token that closes the assistant's turn also ends an answer.
     """
 
@@ -122,23 +124,23 @@ def generate_answers(
     Equal prompts run only once. Prompts are sorted by length and padded on the left, with an explicit attention
     mask and explicit position ids. An answer therefore does not depend on the batch size or the tokenizer's padding
     side. There is one exception: if the two largest logits differ by no more than the rounding error of the model's
-    dtype, another token may be generated. ``Answer.margin`` is the smallest difference between the two largest logits
-    in an answer. The model's own generation settings (sampling, penalties, forced tokens) are ignored.
+    dtype, another token may be generated. ``Answer.margin`` shows how close the logits were. The model's own generation
+    settings (sampling, penalties, forced tokens) are ignored.
 
     Args:
         model: a causal language model of transformers, or a PEFT model around one. The model is left unchanged.
         tokenizer: the model's tokenizer. The tokenizer is left unchanged.
         prompts: the texts that the model continues with an answer.
         batch_size: prompts per forward pass.
-        max_new_tokens: maximum length of an answer, in tokens, or a dict from prompt to this number. A longer answer
-            is cut and gets ``ended=False``.
+        max_new_tokens: maximum length of an answer, in tokens. A dict gives each prompt its own maximum. A longer
+            answer is cut and gets ``ended=False``.
         prompt_format: "plain", "chat" (the tokenizer's chat template) or "question" (the prompt is framed as a question
             that ends with "A:").
         stops: texts that end an answer, in addition to end-of-text. Default: a line break. With an empty list, an
             answer may have several lines.
-        known_starts: dict from prompt to a pair: the known first tokens of the answer, and the smallest margin among
-            these tokens. Known tokens are not generated again. The pairs come from
-            :meth:`~kedit_train.evaluation.asking.teacher_forced.TeacherForced.greedy_start`.
+        known_starts: dict from prompt to the known first tokens of its answer and their smallest margin, as a pair.
+            :meth:`~kedit_train.evaluation.asking.teacher_forced.TeacherForced.greedy_start` returns such pairs. Known
+            tokens are not generated again.
         progress: show a progress bar in a terminal.
 
     Returns:
@@ -181,7 +183,7 @@ def generate(
     known_starts: Mapping[str, tuple[list[int], float]],
     progress: bool,
 ) -> list[Answer]:
-    """Generate answers as :func:`generate_answers` does. The caller sets the name in front of error messages."""
+    """Generate answers like :func:`generate_answers`. Callers put their own name in front of error messages."""
     inner: Any = unwrap_model(model)
     if isinstance(max_new_tokens, int) and max_new_tokens < 1:
         raise EditError(f"max_new_tokens must be >= 1, got {max_new_tokens}.")

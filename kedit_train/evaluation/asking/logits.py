@@ -1,4 +1,4 @@
-"""Compute the logits that predict a target, batch by batch, for example for teacher-forced scores."""
+"""Compute the logits that predict the tokens of a target, in batches. Teacher-forced scores need these logits."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ def target_logits(
 
     Args:
         model: a model in evaluation mode. The caller disables gradients.
-        sequences: the texts as token ids. Each of them also contains the index of its first target token.
+        sequences: the texts. Each item contains the token ids of a text and the index of its first target token.
         pad_id: the id of the padding token.
         batch_size: maximum number of sequences per batch.
 
     Yields:
-        One tuple per batch, with three lists. They contain, for each sequence of the batch, its index in ``sequences``,
-        its logits ([target tokens, vocabulary] in fp32) and its labels ([target tokens]).
+        For each batch, a tuple of three lists: indices in ``sequences``, logits ([target tokens, vocabulary] in fp32)
+        and labels ([target tokens]). Each list has one item per sequence of the batch.
     """
     order = sorted(range(len(sequences)), key=lambda i: (-len(sequences[i].input_ids), sequences[i].input_ids))
     can_select = accepts_argument(model, "logits_to_keep") and not uses_prompt_learning(model)
@@ -63,7 +63,7 @@ def vocabulary_size(model: Any) -> int:
 
 
 def _run_batch(model: Any, sequences: Sequence[Encoded], pad_id: int, can_select: bool) -> tuple[Tensor, Tensor]:
-    """Return the logits [target tokens, vocabulary] and labels [target tokens] of all sequences, concatenated."""
+    """Return logits [n, vocabulary] and labels [n] for the n target tokens of all sequences."""
     batch = collate(sequences, pad_id=pad_id, padding_side="right")
     next_ids = batch["labels"][:, 1:]
     rows, positions = (next_ids != IGNORE_INDEX).nonzero(as_tuple=True)

@@ -33,8 +33,8 @@ class ProbeRequest:
         question: what the prompt measures: "reliability", "generality", "portability", "locality", "resurgence",
             "fluency", "overlap" or "retrieval".
         kind: the kind of prompt within ``question``: "prompt", "rephrase", "prefix", "format", "negation", "choice",
-            "continuation", or a kind that the data names. A "retrieval" prompt repeats another prompt with the new
-            fact of the edit in front. Its ``kind`` is the ``question`` of the repeated prompt.
+            "continuation", or a kind that the data names. A "retrieval" prompt is the prompt of another probe, with the
+            new fact of the edit written in front of it. Its ``kind`` is the ``question`` of the other probe.
         prompt: the prompt, before a chat template is applied.
         accepted: every answer that counts as right, starting with the preferred answer; may be empty.
         old_target: the right answer before the edit. None if this answer is unknown.
@@ -65,17 +65,20 @@ def probe_requests(
     Args:
         edit: the edit.
         name: the name of the edit in the results.
-        metrics: the extra metrics of :class:`~kedit_train.evaluation.EvaluationOptions`. "prefixes" adds two probes.
-            Each of these probes puts a random sentence from ``prefixes`` in front of the edit's prompt. "format" adds
-            one probe: the edit's prompt as a question if it is an incomplete sentence, or as an incomplete sentence if
-            it is a question. "resurgence" adds three probes if the old answer is known: one denies the old answer
-            ("Built on Sand", arXiv 2510.00625), and two offer the old and the new answer as a choice, once in each
-            order. "fluency" adds one probe, which measures a long continuation of the edit's prompt. "overlap" adds
-            one probe for the edit's prompt and one for each rephrase. Their answers may be as long as the target.
-        prefixes: the sentences for "prefixes".
-        seed: seed for drawing the prefixes. The draw also depends on ``name``.
-        prompt_format: the format of the prompts. With "question", the probe of "format" is always an incomplete
-            sentence.
+        metrics: the extra metrics of :class:`~kedit_train.evaluation.EvaluationOptions`. Some of them add probes:
+
+            - "prefixes" adds two probes. Each puts a random sentence from ``prefixes`` in front of the edit's prompt.
+            - "format" adds one probe with the edit's prompt in another form: an incomplete sentence becomes a question,
+              and a question becomes an incomplete sentence.
+            - "resurgence" adds three probes if the old answer is known. One denies the old answer ("Built on Sand",
+              arXiv 2510.00625). Two offer the old and the new answer as a choice, once in each order.
+            - "fluency" adds one probe, which measures a long continuation of the edit's prompt.
+            - "overlap" adds one probe for the edit's prompt and one for each rephrase. The model's answers to these
+              probes may be as long as the target.
+        prefixes: the sentences for the metric "prefixes".
+        seed: seed of the random choice of prefixes. The choice also depends on ``name``.
+        prompt_format: the format of the prompts. "question" already turns all prompts into questions. The metric
+            "format" then always adds an incomplete sentence.
     """
 
     def new(question: str, kind: str, prompt: str) -> ProbeRequest:

@@ -52,9 +52,8 @@ def answer_and_score(
 ) -> tuple[dict[str, Answer], Scores]:
     """Generate the greedy answer to each prompt, and score the prompt's targets under teacher forcing.
 
-    The results are those of :func:`~kedit_train.evaluation.asking.generate.generate_answers` and
-    :func:`~kedit_train.evaluation.asking.teacher_forced.teacher_forced`, up to rounding. End-of-text after a target is
-    not scored.
+    Up to rounding, the results equal those of :func:`~kedit_train.evaluation.asking.generate.generate_answers` and
+    :func:`~kedit_train.evaluation.asking.teacher_forced.teacher_forced`. End-of-text after a target is not scored.
 
     Args:
         model: a causal language model for which :func:`can_share_prompts` is True.
@@ -131,7 +130,7 @@ def _score(
     pairs: Sequence[tuple[int, tuple[str, str]]],
     labels: Mapping[tuple[str, str], list[int]],
 ) -> Scores:
-    """Return the scores of the targets of one batch. Each item of ``pairs`` is (prompt's row, (prompt, target))."""
+    """Score the targets of one batch. Each item of ``pairs`` is (row of the prompt, (prompt, target))."""
     scores: Scores = {}
     for length, group in groupby(sorted(pairs, key=lambda one: len(labels[one[1]])), key=lambda o: len(labels[o[1]])):
         for part in split_into_batches(list(group), max(1, MAX_LOGITS // (length * vocabulary_size(batch.model)))):

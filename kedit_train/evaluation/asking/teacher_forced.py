@@ -1,10 +1,11 @@
-"""``teacher_forced``: score each token of a given answer when the model reads all earlier tokens of the answer.
+"""``teacher_forced``: score a given answer token by token, while the model reads the correct earlier tokens.
 
 Most of the editing literature reports this score, so it is kept for comparison. Teacher forcing overestimates the
 success of an edit (Yang et al., "The Mirage of Model Editing", arXiv 2502.11177), because each token is predicted after
 the correct earlier tokens. In :mod:`~kedit_train.evaluation.asking.generate`, the model generates its answers freely.
+
 A teacher-forced pass also gives the first tokens of the greedy answer, up to and including the first token that differs
-from the target. An evaluation uses them, so that they need not be generated again.
+from the target. An evaluation does not generate these tokens again.
 """
 
 from __future__ import annotations
@@ -59,10 +60,10 @@ class TeacherForced:
         return sum(self.log_probs) / len(self.log_probs)
 
     def greedy_start(self, is_end: Callable[[int], bool]) -> tuple[list[int], float]:
-        """Return the known first tokens of the greedy answer, and the smallest of their ``margins``.
+        """Return the first tokens of the greedy answer, and the smallest of their ``margins``.
 
-        The last known token is the first one that differs from the target or for which ``is_end`` returns True. If
-        there is no such token, all tokens of the target are returned.
+        The tokens are read from ``choices``. Reading stops after a token that differs from the target. It also stops
+        after a token for which ``is_end`` returns True.
         """
         correct = (*self.correct, *(() if self.end_correct is None else (self.end_correct,)))
         count = 0

@@ -9,17 +9,18 @@ from kedit_train.data.prompts import END_THINK, THINK
 
 
 def after_thoughts(tokenizer: Any, ids: Sequence[int], *, ended: bool) -> list[int]:
-    """Return the tokens of the answer: those after ``</think>``.
+    """Return the tokens of the answer, which begins after ``</think>``.
 
     Args:
         tokenizer: the tokenizer of the model.
-        ids: the generated tokens: thoughts and answer.
+        ids: the generated tokens, both thoughts and answer.
         ended: True if the model ended the text, False if a limit on the number of tokens cut the text.
 
     Returns:
-        The tokens after the first ``</think>``, or an empty list if there is no ``</think>``. There is one exception:
-        if the model ended a text with neither ``<think>`` nor ``</think>``, it did not think, and the result contains
-        all tokens.
+        - If the text contains ``</think>``: the tokens after the first ``</think>``.
+        - If the text contains neither ``<think>`` nor ``</think>``, and the model ended it: all tokens, because the
+          model did not think.
+        - Otherwise: an empty list.
     """
     ids = list(ids)
 

@@ -1,8 +1,8 @@
 """The parts of an HTML report: the frame of the page, its style, tables and key figures.
 
 A page is one file without scripts and without links to other files. The functions of this module escape plain text.
-They do not escape arguments that are described as HTML. Colors are semi-transparent or inherited, so that a page and
-the same content in a notebook are readable on light and on dark backgrounds.
+They do not escape arguments that are described as HTML. Colors are semi-transparent or inherited, so that the text is
+readable on light and dark backgrounds, also in a notebook.
 """
 
 from __future__ import annotations
@@ -118,10 +118,10 @@ def table(
     """Return a table.
 
     Args:
-        head: the cells of the first row. The style of each cell also applies to its column, except to cells with a
-            style of their own.
+        head: the cells of the first row. If a cell in ``rows`` has no style, it gets the style of the first cell
+            in its column.
         rows: the cells of the other rows.
-        styles: class of each of the other rows: "part", "strong" or an empty text. Default: no row has a class.
+        styles: one class per item of ``rows``: "part", "strong" or an empty text. Default: no classes.
         cards: on narrow screens, show each row as a list of lines "column: cell".
     """
     lines = [
@@ -146,7 +146,7 @@ def _row(head: Sequence[Cell], cells: Sequence[Cell], tag: str) -> str:
 
 
 def figures(values: Sequence[tuple[str, str, str]]) -> str:
-    """Return a row of key figures. Each is a tuple of plain texts: name, figure, text below the figure."""
+    """Return a row of key figures. Each item is a tuple of plain texts: name, figure, text below the figure."""
     boxes = (
         f'<div>{escape(name)}<b>{escape(figure)}</b><span class="dim">{escape(below)}</span></div>'
         for name, figure, below in values

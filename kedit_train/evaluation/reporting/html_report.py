@@ -30,12 +30,12 @@ _MARKS = {True: Cell(text="✓", style="yes"), False: Cell(text="✗", style="no
 
 
 def render_html(report: ReportData, answers: int, norms: Mapping[str, Mapping[str, Any]] | None = None) -> str:
-    """Return the content of the report's page, as HTML without the frame of a page.
+    """Return the report as HTML, without the ``<html>`` element and the style sheet of a page.
 
     Args:
         report: the report.
-        answers: maximum number of rows in each of three tables: the edits, the rephrased prompts to which the
-            model does not give the new answer, and the locality prompts whose answers changed.
+        answers: maximum number of rows per table of answers. The three tables show the edits, the rephrased
+            prompts without the new answer, and the locality prompts with a changed answer.
         norms: the norms of the weight change per tensor, as ``EditDelta.norms`` returns them. Default: the norms that
             the evaluation measured, if it was given the weights before the edit.
     """

@@ -1,4 +1,4 @@
-"""Compute the norm of the weight change of each layer from the norms of its tensors."""
+"""Combine the weight changes of single tensors into one norm per layer."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ def drift_by_layer(norms: Mapping[str, Mapping[str, Any]]) -> list[LayerDrift]:
     """Combine the norms of tensors into one value per layer, sorted by layer. Tensors without a layer come first.
 
     Args:
-        norms: dict from tensor name to a dict with the norm of the change ("change") and the norm before the change
-            ("before", or None if it is unknown).
+        norms: for each tensor name, a dict with two norms: "change" is the norm of the change, and "before" is the norm
+            of the tensor before the change, or None if it is unknown.
 
     Example:
         >>> norms = {"h.0.a": {"change": 3.0, "before": 6.0}, "h.0.b": {"change": 4.0, "before": 8.0}}

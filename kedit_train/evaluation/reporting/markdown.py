@@ -23,15 +23,15 @@ def render_markdown(report: ReportData, answers: int) -> str:
 
     Args:
         report: the report.
-        answers: maximum number of rows in each of three tables: the edits, the rephrased prompts to which the
-            model does not give the new answer, and the locality prompts whose answers changed.
+        answers: maximum number of rows per table of answers. The three tables show the edits, the rephrased
+            prompts without the new answer, and the locality prompts with a changed answer.
     """
     parts = (_scores(report), _positions(report), _answers(report, answers), _reproduction(report))
     return "\n".join(line for part in parts for line in part)
 
 
 def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]], text_columns: int) -> Iterator[str]:
-    """Yield the lines of a Markdown table. Columns after the first ``text_columns`` are right-aligned."""
+    """Yield the lines of a Markdown table: ``text_columns`` columns of text, then right-aligned numbers."""
     yield "| " + " | ".join(head) + " |"
     yield "|" + "|".join("---" if i < text_columns else "---:" for i in range(len(head))) + "|"
     for row in rows:

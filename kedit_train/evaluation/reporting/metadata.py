@@ -87,10 +87,7 @@ def _data_hash(edits: Sequence[Edit]) -> str:
 
 
 def _count_unscored(results: Sequence[ProbeResult], against_unedited: bool) -> dict[str, int]:
-    """Count, per metric, the probes without an accepted answer. They have no generated score.
-
-    Locality probes are not counted if they are compared with the unedited model's answers.
-    """
+    """Count the probes without a score, per metric."""
     counts: dict[str, int] = {}
     for result in results:
         scored = result.question in ("fluency", "retrieval") or (against_unedited and result.question == "locality")

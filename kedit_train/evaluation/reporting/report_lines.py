@@ -32,7 +32,7 @@ _REST = (
 
 
 def protocol_note(report: ReportData) -> str:
-    """Return a note with the name of the report's first protocol and the rule by which it judges an answer."""
+    """Return a note that names the report's first protocol and says how this protocol judges answers."""
     protocols = report.protocols
     # No reason is shown for the default protocol.
     reason = protocols.reason if protocols.headline != EXACT.headline else ""
@@ -42,7 +42,7 @@ def protocol_note(report: ReportData) -> str:
 
 
 def table_note(report: ReportData) -> str:
-    """Return the note below the table of scores."""
+    """Return the note below the score table. It explains the protocol and the columns."""
     return f"{protocol_note(report)}. {_REST}"
 
 
@@ -65,8 +65,8 @@ class ScoreLine:
         edited: the score of the model that the report is about.
         unedited: the score of the unedited model.
         teacher_forced: the teacher-forced score on the same probes.
-        is_kind: True if the line is about one kind of probe. Such a line is shown below the line of its metric.
-        is_headline: True for the first line of reliability, generality, portability and locality.
+        is_kind: True if the line shows details of a line above it. The label is indented.
+        is_headline: True if the line shows the main score of reliability, generality, portability or locality.
         is_fraction: True if the score is between 0 and 1.
     """
 
@@ -80,9 +80,9 @@ class ScoreLine:
 
     @property
     def basis(self) -> Score:
-        """The score whose interval and number of probes are shown in the line.
+        """The score that gives the line its interval and its number of probes.
 
-        This is the edited model's score. If that score was measured on no probe, it is the unedited model's score.
+        This is ``edited``. If ``edited`` has no probes, it is ``unedited``.
         """
         return self.edited if self.edited.n else self.unedited
 
@@ -196,7 +196,7 @@ def _old_answer_lines(edited: Mapping[str, Any], unedited: Mapping[str, Any]) ->
 
 
 def _cut_share(metrics: Mapping[str, Any]) -> Score:
-    """Return the fraction of answers cut at the token limit: 1 minus the fraction that the model ended itself."""
+    """Return the fraction of answers that are cut at the token limit."""
     ended: Score = metrics.get("answers", {}).get("ended", NO_SCORE)
     value, low, high = (None if x is None else 1.0 - x for x in (ended.value, ended.high, ended.low))
     return Score(value, n=ended.n, low=low, high=high)
@@ -229,7 +229,10 @@ def notes(report: ReportData) -> list[str]:
 
 
 def answer_lists(report: ReportData) -> list[tuple[str, list[ProbeResult]]]:
-    """Return the three lists of answers that a report shows, each with its title. Empty lists are left out."""
+    """Return the lists of answers that a report shows, as pairs (title, results). Empty lists are left out.
+
+    The lists contain the edits, the rephrased prompts without the new answer, and the changed answers to other prompts.
+    """
     edits = [result for result in report.answers if result.question == "reliability"]
     missed = [result for result in report.answers if result.question == "generality" and result.right is False]
     changed = [result for result in report.answers if result.question == "locality" and result.unchanged is False]
@@ -242,7 +245,7 @@ def answer_lists(report: ReportData) -> list[tuple[str, list[ProbeResult]]]:
 
 
 def reproduction(report: ReportData) -> Iterator[tuple[str, str]]:
-    """Yield pairs (name, value) of the metadata that are needed to repeat the evaluation."""
+    """Yield the metadata that a reader needs to repeat the evaluation, as pairs (name, value)."""
     meta = report.meta
     yield "data", str(meta["data_name"])
     yield "SHA-256 of the data", str(meta["data_hash"])

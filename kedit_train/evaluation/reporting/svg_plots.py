@@ -1,4 +1,4 @@
-"""Small plots as SVG elements, for HTML reports. They need no package, and take the text color of the page."""
+"""Small plots as SVG elements, for HTML reports. The plots need no plotting package."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def curves(scores: Mapping[str, Mapping[int, Score]], x_label: str) -> str:
     The numbers on the horizontal axis are equally spaced, whatever their values are.
 
     Args:
-        scores: dict from the name of a curve to its points: a dict from the number on the horizontal axis to the score.
+        scores: for each curve name, a dict from the number on the horizontal axis to the score.
         x_label: label of the horizontal axis.
     """
     numbers = sorted({number for curve in scores.values() for number in curve})

@@ -23,9 +23,14 @@ SECTIONS = {
 def edit_workspace(project: str, *, name: str = "kedit-train") -> Any:
     """Return a view of a W&B project. Call ``save()`` on the result to create the view on the W&B server.
 
-    The first section shows the scores of the edits during training, a plot of the locality against the generality of
-    each run, the answers, and the report. Each of the other sections plots one group of metrics. The section titles
-    are questions, such as "What must stay?".
+    The first section shows:
+
+    - the scores of the edits during training;
+    - a scatter plot of locality and generality, with one point per run;
+    - two tables of answers;
+    - the report.
+
+    Each of the other sections plots one group of metrics. The section titles are questions, such as "What must stay?".
 
     Args:
         project: the team or user, and the project, as ``"team/project"``.

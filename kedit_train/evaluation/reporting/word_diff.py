@@ -13,13 +13,13 @@ _WORDS = re.compile(rf"\s*(?:{SPACELESS.pattern}|(?:(?!{SPACELESS.pattern})\w)+|
 
 
 def mark_changes(before: str, after: str) -> tuple[str, str]:
-    """Return both texts as HTML. Words that only one of the texts contains are in ``<del>`` or ``<ins>`` elements.
+    """Return both texts as HTML. Removed words are in ``<del>`` elements, and added words are in ``<ins>`` elements.
 
-    White space at the beginning and the end of a text is ignored.
+    Special characters of HTML are escaped. White space at the beginning and the end of a text is ignored.
 
     Args:
-        before: the old text. It is plain text, and every special character of HTML is escaped.
-        after: the new text.
+        before: the old text, as plain text.
+        after: the new text, as plain text.
 
     Example:
         >>> mark_changes("Ada lives in Rome.", "Ada lives in <b>Bern</b>.")[0]
@@ -39,7 +39,7 @@ def mark_changes(before: str, after: str) -> tuple[str, str]:
 
 
 def _marked(tag: str, text: str) -> str:
-    """Escape the text and put it into an element. White space before the first word stays outside of the element."""
+    """Return ``text`` as HTML, in a ``tag`` element unless ``tag`` is empty. Leading white space stays outside."""
     word = text.lstrip()
     space = text[: len(text) - len(word)]
     return space + (f"<{tag}>{escape(word)}</{tag}>" if tag and word else escape(word))

@@ -73,20 +73,22 @@ def ability_scores(
     seed: int = 0,
     progress: bool = False,
 ) -> dict[str, Score]:
-    """Return the fraction of right choices for each ability. The model chooses what is most probable after the prompt.
+    """Return the fraction of right choices for each ability.
+
+    The model's choice is the most probable continuation of the prompt. If the right continuation and a wrong one are
+    equally probable, the item counts as wrong.
 
     Args:
         model: a causal language model. It is left unchanged.
         tokenizer: the model's tokenizer.
-        items: the items, for example of :func:`ability_items`.
+        items: the items. :func:`ability_items` returns built-in items.
         batch_size: choices per forward pass.
         seed: seed of the bootstrap.
         progress: show a progress bar in a terminal.
 
     Returns:
-        A dict from "ability/<name>" to score, with a 95 % bootstrap interval over the items. If the right choice and a
-        wrong choice are equally probable, the item counts as wrong. A model that guesses reaches 0.5 in grammar and
-        0.25 in the other abilities.
+        A dict from "ability/<name>" to score, with a 95 % bootstrap interval over the items. Random guesses reach 0.5
+        in grammar and 0.25 in the other abilities.
     """
     pairs = [(item.prompt, choice) for item in items for choice in item.choices]
     results = iter(teacher_forced(model, tokenizer, pairs, batch_size=batch_size, progress=progress))

@@ -124,7 +124,7 @@ def ratio_scores(totals: Tensor, counts: Tensor, *, seed: int = 0, resamples: in
 
 
 def scores_of_sums(sums: Sequence[tuple[Tensor, Tensor]], seed: int = 0) -> list[Score]:
-    """Return one score per pair of tensors from :func:`sums_per_edit`. All pairs must have the same edits."""
+    """Return one score per result of :func:`sums_per_edit`. All results must be for the same edits."""
     if not sums:
         return []
     totals, counts = (torch.stack(tensors, 1) for tensors in zip(*sums, strict=True))

@@ -39,10 +39,9 @@ class Capability:
         agreement: the fraction of prompts to which both the model and the unedited model give the same greedy answer.
         tasks: dict from "<task>/<metric>" to the score of lm-eval, and from "ability/<name>" to the scores of the
             built-in items.
-        answers: dict from prompt to this model's answer. For the unedited model, ``agreement`` compares the edited
-            model's answers with them. Kept in memory only.
-        distributions: dict from prompt to the unedited model's next-token distributions, for ``kl``. Kept in memory
-            only.
+        answers: dict from prompt to this model's answer. Kept in memory only, to compute ``agreement``.
+        distributions: dict from prompt to the unedited model's next-token distributions. Kept in memory only, to
+            compute ``kl``. Empty for an edited model.
     """
 
     perplexity: Score
@@ -61,8 +60,8 @@ class Capability:
 class CapabilityProbe:
     """Measure a model's general ability before and after an edit, on texts and prompts unrelated to the edit.
 
-    For one measurement, the model reads every text and generates one short answer per prompt. It then reads the
-    prompts again with the unedited model's answers, for the KL divergence. ``tasks`` and ``abilities`` cost extra.
+    In each measurement, the model reads every text and generates one short answer per prompt. For the KL divergence, it
+    also reads each prompt followed by the unedited model's answer. ``tasks`` and ``abilities`` need additional time.
 
     Args:
         texts: texts unrelated to the edits: a list of strings, a path, a dataset, or "world" (the bundled texts).
@@ -76,8 +75,8 @@ class CapabilityProbe:
         progress: show progress bars in a terminal.
 
     Raises:
-        EditError: there are no texts, or there is no prompt. There is no prompt if ``prompts`` is empty, or if it is
-            None and every text has fewer than two words.
+        EditError: ``texts`` or ``prompts`` is empty, ``prompts`` or ``tasks`` is a string, or ``prompts`` is None and
+            every text has fewer than two words.
 
     Example:
         >>> from kedit_train import world

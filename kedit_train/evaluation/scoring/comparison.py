@@ -49,11 +49,8 @@ def compare_with_unedited(
 
 
 def _open_question(result: ProbeResult) -> str:
-    """Return ``result.question`` if it is "fluency" or "overlap", otherwise an empty string.
-
-    For "fluency" and "overlap", the model generates separate, longer answers. For all other questions, it generates one
-    answer per prompt, which all probes with this prompt share.
-    """
+    # For "fluency" and "overlap", the model generates separate, longer answers. For all other questions, all probes
+    # with the same prompt share one answer.
     return result.question if result.question in OPEN else ""
 
 
@@ -84,10 +81,10 @@ def success(protocol: str, result: ProbeResult, *, headline: bool, against_unedi
     Args:
         protocol: the name of the protocol.
         result: the result of the probe.
-        headline: True if ``protocol`` is the report's first protocol. In this case, ``result`` already contains the
-            judgment.
-        against_unedited: True if locality probes are compared with the unedited model's answers. Under "probability",
-            they are always compared with the truth, as in CounterFact.
+        headline: True if ``protocol`` is the report's first protocol. ``result`` then already says whether the answer
+            is right or unchanged.
+        against_unedited: True to compare the answers to locality probes with the unedited model's answers. The protocol
+            "probability" ignores this argument and always uses the true answers, as in CounterFact.
     """
     is_locality = "locality" in (result.question, result.kind)
     if is_locality and against_unedited and protocol != "probability":

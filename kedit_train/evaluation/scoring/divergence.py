@@ -24,13 +24,15 @@ KEPT_TOKENS = 1024
 
 @dataclass(frozen=True)
 class Distribution:
-    """The unedited model's next-token distributions along its answer to one prompt.
+    """The unedited model's next-token distributions along its answer to one prompt, or along a text.
+
+    Only the k most probable tokens of each position are stored.
 
     Args:
-        sequence: the prompt followed by the unedited model's own answer, as token ids.
-        log_probs: [positions, kept + 1] on the CPU: the largest log-probabilities, and in the last column the
+        sequence: token ids: the prompt and the unedited model's answer, or a part of a text.
+        log_probs: [positions, k + 1] on the CPU: the log-probabilities of ``tokens``. The last column is the
             log-probability of all other tokens together.
-        tokens: [positions, kept]: the ids of the tokens with the largest log-probabilities.
+        tokens: [positions, k] on the CPU: the ids of the k most probable tokens.
     """
 
     sequence: Encoded
@@ -111,9 +113,9 @@ def compute_divergences(
     for prompt in prompts:
         if prompt not in reference:
             raise EditError(
-                f"the result passed as unedited= has no distribution for {shorten(prompt)!r} (a report from a file has "
-                "no distributions at all); evaluate the unedited model again in this process, on the same prompts, in "
-                'a call without unedited=. If you call evaluate, also set EvaluationOptions(metrics=["kl"]).'
+                f"the result passed as unedited= has no distribution for {shorten(prompt)!r}; evaluate the unedited "
+                "model in this process, on the same prompts and without unedited=. With evaluate, also set "
+                'EvaluationOptions(metrics=["kl"]).'
             )
     sequences = [reference[prompt].sequence for prompt in prompts]
     divergences: dict[str, tuple[float, ...]] = {}

@@ -1,6 +1,6 @@
 """MeanOverEdits: a torchmetrics metric with a bootstrap interval over edits.
 
-Only this file imports torchmetrics at its top. So only runs that use the class load torchmetrics.
+kedit-train imports this file only when ``MeanOverEdits`` is first used, because it imports torchmetrics.
 """
 
 from __future__ import annotations

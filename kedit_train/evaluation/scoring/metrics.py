@@ -72,16 +72,15 @@ def summarize(
     Reliability, generality, portability and locality each have the scores below. The preferred answer of a probe is the
     first of its accepted answers.
 
-    - ``generated``: the headline score, which is the score under the report's first protocol. With the default protocol
-      "exact", it is the fraction of probes whose generated answer is right. If ``against_unedited`` is True, locality
-      under "exact" is instead the fraction of answers that are equal to the unedited model's answers;
-    - ``leading``, ``exact``, ``wild`` and ``probability``: the scores under these protocols. Only the protocols in
-      ``protocols`` have a score. If "exact" is the only protocol, its score is ``generated``, and the key ``exact`` is
-      missing;
-    - ``magnitude`` (with the protocol "probability"): a difference of two probabilities per token, averaged over the
-      probes. For reliability and generality, it is the probability of the edit's new answer minus the probability of
-      the old answer. For locality, whose probes are about other facts, it is the probability of the right answer minus
-      the probability of the edit's new answer;
+    - ``generated``: the score under the report's first protocol (the headline score). With the default protocol
+      "exact", it is the fraction of probes with a right answer. For locality with ``against_unedited``, it is the
+      fraction of answers that are equal to the unedited model's answers;
+    - ``leading``, ``exact``, ``wild`` and ``probability``: the score under each of these protocols that is in
+      ``protocols``. If "exact" is the only protocol, the key ``exact`` is left out, because ``generated`` is this
+      score;
+    - ``magnitude`` (with the protocol "probability"): the mean difference between the probabilities per token of two
+      answers. For reliability and generality, it is P(new answer) - P(old answer). For locality, it is P(right answer
+      to the probe) - P(new answer of the edit);
     - ``contains``: the fraction of answers that contain an accepted answer;
     - ``teacher_forced``: the mean fraction of the preferred answer's tokens that are ranked first;
     - ``teacher_forced_exact``: the fraction of probes where all tokens of the preferred answer are ranked first;
@@ -98,13 +97,13 @@ def summarize(
     - ``locality.right``: the fraction of locality probes with a right answer, even if the edit changed the answer;
     - ``locality.kept_right``: as ``locality.right``, but only for the probes that the unedited model answered
       correctly;
-    - ``locality.tokens_kept``: how much of the beginning of the answers stays the same: the mean fraction of the
-      unedited model's first tokens that come before the first difference between both models' answers;
+    - ``locality.tokens_kept``: the fraction of the unedited model's first tokens that come before the first difference
+      between both models' answers, averaged over the probes;
     - ``locality.same_answer``: the fraction of whole answers that are equal to the unedited model's answers;
     - ``probability.harmonic_mean``: the harmonic mean of three scores: the "probability" scores of reliability,
       generality and locality. CounterFact calls this mean S;
-    - ``retrieval``: the headline scores that the unedited model reaches if the new fact is written in front of the
-      prompt, one score each for reliability, generality, portability and locality;
+    - ``retrieval``: the unedited model's headline scores with the new fact in front of each prompt. There is one score
+      each for reliability, generality, portability and locality;
     - ``locality.kl``: the mean KL divergence from the unedited model, in nats per token;
     - ``positions``: accuracy, loss and probability of the edits' targets by token position, with the keys "1", "2" and
       so on;

@@ -10,7 +10,7 @@ the original rules treat some different facts as equal:
   kept.
 - "+" and "#" are kept after a letter, because "C", "C++" and "C#" are three languages.
 
-A text of only punctuation marks or symbols is kept. If it became empty, the different answers "?" and "!" would match.
+A text that contains only punctuation marks or symbols is kept. So "?" is not equal to "!".
 """
 
 from __future__ import annotations

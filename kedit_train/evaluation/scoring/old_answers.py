@@ -26,12 +26,11 @@ def find_old_answers(
     prompt_format: PromptFormat,
     max_new_tokens: int = 32,
 ) -> tuple[list[Edit], dict[str, str]]:
-    """Return edits whose targets are the old answers, exactly as the model generates them.
+    """Return copies of the edits, with the model's own answers as targets.
 
-    The old answer of an edit is its ``old_target``. If an edit has no ``old_target``, the old answer is the answer that
-    the model generates. An edit is left out if greedy decoding gives the new answer, an empty answer, or an answer that
-    does not end. An edit with an ``old_target`` is also left out if greedy decoding gives an answer other than
-    ``old_target``.
+    The model answers each prompt with greedy decoding. An edit is left out if the answer is empty, does not end within
+    ``max_new_tokens`` tokens, or is already the new answer. If the edit has an ``old_target``, it is also left out if
+    the answer is not ``old_target``.
 
     Args:
         model: a causal language model.
@@ -39,11 +38,12 @@ def find_old_answers(
         edits: the edits, with the new answers as targets.
         batch_size: prompts in one forward pass.
         prompt_format: "plain", "chat" or "question"; see :class:`~kedit_train.evaluation.EvaluationOptions`.
-        max_new_tokens: maximum length of an answer, in tokens. An edit with a longer answer is left out.
+        max_new_tokens: maximum length of an answer, in tokens.
 
     Returns:
-        A list of edits with the old answers as targets, and a dict of the edits that are left out. The dict maps the
-        id of an edit (or its number, if it has no id) to the reason.
+        A list of edits with the old answers as targets, and a dict for the edits that are left out. The dict maps the
+        id of an edit (or its number, if it has no id) to the reason. The new edits have only a prompt, a target, a
+        subject and an id.
 
     Raises:
         EditError: there are no edits.

@@ -28,9 +28,9 @@ def choose_protocols(
 ) -> Protocols:
     """Return the protocols for ``protocol="auto"``.
 
-    With chat and question prompts, models end their answers by themselves. Therefore, these answers are judged with
-    "exact". For plain prompts, the unedited model answers up to 16 of the prompts. If at least a quarter of these
-    answers do not end, the protocols are "leading" and "probability". Otherwise, the protocol is "exact".
+    For chat and question prompts, the protocol is "exact", because models end their answers to such prompts. For plain
+    prompts, the unedited model first answers up to 16 prompts of the edits. If at least a quarter of these answers are
+    cut at the token limit, the protocols are "leading" and "probability". Otherwise, the protocol is "exact".
 
     Args:
         model: the unedited model.

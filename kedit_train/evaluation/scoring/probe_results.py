@@ -31,10 +31,8 @@ OPEN = ("fluency", "overlap")
 class ProbeResult(ProbeRequest):
     """One evaluation prompt (probe) with the model's answer and scores.
 
-    The fields of :class:`ProbeRequest` come first. ``accepted`` contains all answers that count as right. The first of
-    them is called the preferred answer. ``new_target`` is the edit's new answer on a locality probe, and None on all
-    other probes. A locality probe is about another fact, so the edit must not make ``new_target`` more probable than
-    the right answer.
+    The fields of :class:`ProbeRequest` come first. One of them, ``accepted``, contains all answers that count as right.
+    Its first entry is called the preferred answer.
 
     Args:
         answer: the generated answer.
@@ -49,10 +47,10 @@ class ProbeResult(ProbeRequest):
             if both answers are wrong.
         tokens_right: for each token of the preferred answer, True if the token is ranked first under teacher forcing.
         token_log_probs: for each token of the preferred answer, the log-probability under teacher forcing.
-        choices: on locality probes with the protocol "teacher_forced", the token that is ranked first at each position
-            of the preferred answer.
-        first_tokens: on locality probes, the ids of the answer's first tokens: as many as the preferred answer has, but
-            at least 3. If the answer ends earlier, the last id is -1, which marks the end of the answer.
+        choices: the id of the token that is ranked first at each position of the preferred answer. Empty unless the
+            probe is a locality probe and the protocols include "teacher_forced".
+        first_tokens: the ids of the answer's first tokens, only on locality probes. Their number is the length of the
+            preferred answer in tokens, but at least 3. If the answer ends earlier, -1 marks its end.
         tokens_kept: the fraction of the unedited model's ``first_tokens`` that come before the first difference between
             both models.
         choices_kept: the fraction of ``choices`` that are equal to the unedited model's choices.
@@ -96,15 +94,15 @@ class ProbeResult(ProbeRequest):
 
     @property
     def rival_log_prob(self) -> float | None:
-        """The mean log-probability of the rival's tokens; see :attr:`magnitude` for the rival."""
+        """``new_log_prob``, or ``old_log_prob`` if ``new_log_prob`` is None."""
         return self.old_log_prob if self.new_log_prob is None else self.new_log_prob
 
     @property
     def magnitude(self) -> float | None:
-        """The preferred answer's probability per token minus its rival's probability per token, as in CounterFact.
+        """The difference between the probabilities per token of two answers, as in CounterFact.
 
-        The probability per token is exp(mean log-probability). The rival is the old answer. For a locality
-        probe, which is about another fact, the rival is the edit's new answer.
+        This is P(preferred answer) - P(old answer). On locality probes, it is P(preferred answer) - P(new answer of the
+        edit). The probability per token is exp(mean log-probability).
         """
         if self.log_prob is None or self.rival_log_prob is None:
             return None
@@ -139,10 +137,8 @@ def answer_requests(
     """Generate the model's answer to every probe, and score the preferred answer under teacher forcing.
 
     If "exact" is the only protocol, or if ``can_share_prompts(model)`` is False, the model reads each prompt twice:
-    first for the teacher-forced scores, then to generate the answer. The teacher-forced pass already shows the
-    beginning of the generated answer, up to and including the first token that differs from the preferred answer. So
-    only the tokens after it are generated. In all other evaluations, the model reads each prompt once, both for the
-    teacher-forced scores and to generate the answer. A probe without an accepted answer has no teacher-forced score.
+    once to score the preferred answer, and once to generate its own answer. Otherwise, it reads each prompt once. A
+    probe without an accepted answer has no teacher-forced score.
 
     Args:
         model: the model. It is left unchanged.
@@ -194,9 +190,11 @@ def _ask_separately(
     protocols: Protocols,
     settings: dict[str, Any],
 ) -> tuple[dict[str, Answer], Scores]:
-    """Score the targets under teacher forcing. Then generate only the answer tokens that are still unknown."""
+    """Score the targets in a first pass over the prompts, and generate the answers in a second pass."""
     forced = dict(zip(pairs, teacher_forced(model, tokenizer, pairs, **settings), strict=True))
     is_end = AnswerEnd(unwrap_model(model), tokenizer, protocols.stops, settings["prompt_format"])
+    # The first pass already shows the greedy answer up to and including the first token that differs from the target.
+    # So only the tokens after it are generated.
     starts: dict[str, tuple[list[int], float]] = {}
     for (prompt, _), scores in forced.items():
         ids, margin = scores.greedy_start(is_end)
@@ -225,7 +223,7 @@ def _ask_together(
 
 
 def _rival(request: ProbeRequest, options: EvaluationOptions, protocols: Protocols) -> str | None:
-    """Return the rival, an answer that should be less probable than the preferred answer. None: there is no rival."""
+    """Return the answer that should be less probable than the preferred answer, or None."""
     if "probability" in protocols.names and request.accepted:
         if request.new_target not in (None, request.accepted[0]):
             return request.new_target

@@ -40,10 +40,10 @@ class TextResult:
 
 @dataclass
 class _Reader:
-    """Reads the logits of each window of the texts, and compares the predictions with ``reference``.
+    """Compares the model's next-token distributions with ``reference``, or records them if ``reference`` is None.
 
-    If ``reference`` is None, it records the next-token distributions instead. A window is a part of a text that fits
-    into the model's context; see :func:`text_losses`.
+    :func:`text_losses` calls the reader for each window. A window is a part of a text that fits into the model's
+    context.
     """
 
     texts: Sequence[str]
@@ -93,9 +93,9 @@ def measure_prose(
         model: a causal language model. It is left unchanged.
         tokenizer: the model's tokenizer.
         texts: the texts.
-        reference: the distributions that this function recorded on the unedited model, for at most 20,000 tokens. Texts
-            without a recorded distribution have no KL divergence and no agreement. None: nothing is compared, and the
-            distributions of ``model`` are recorded.
+        reference: the distributions that the call on the unedited model returned. They cover at most 20,000 tokens. The
+            KL divergence and the agreement leave out all other tokens. None: nothing is compared, and the distributions
+            of ``model`` are recorded.
         batch_size: windows per forward pass.
         progress: show a progress bar in a terminal.
 

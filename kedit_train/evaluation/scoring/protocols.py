@@ -11,9 +11,9 @@ A protocol defines how many tokens are generated, where an answer ends, and how 
   arXiv 2509.22072, with 32 tokens).
 - ``teacher_forced``: the fraction of the answer's tokens that the model ranks first when it is given all earlier tokens
   (Wang et al., "EasyEdit", arXiv 2308.07269).
-- ``probability``: the edit's new answer is more probable per token than the old answer. For a locality probe, which is
-  about another fact, the right answer to the probe is more probable per token than the edit's new answer (Meng et al.,
-  "Locating and Editing Factual Associations in GPT", arXiv 2202.05262).
+- ``probability``: the edit's new answer is more probable per token than the old answer. Locality probes ask about other
+  facts. There, the true answer is more probable per token than the edit's new answer (Meng et al., "Locating and
+  Editing Factual Associations in GPT", arXiv 2202.05262).
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class Protocols:
 
     @property
     def whole_answers(self) -> bool:
-        """Whether answers are generated until the model ends them or ``max_new_tokens`` tokens are reached."""
+        """True if whole answers of up to ``max_new_tokens`` tokens are generated, False if only their first tokens."""
         return bool(_WHOLE_ANSWER & set(self.names))
 
     @property
@@ -153,8 +153,8 @@ def is_unchanged(protocol: str, result: Any) -> bool:
     - "wild": the text before the first full stop or line break, after normalization;
     - "teacher_forced": the token that the model ranks first at each position of the preferred answer. If the probe has
       no preferred answer, the rule of "leading" applies;
-    - "leading", "contains" and "probability": the first generated tokens, as many as the preferred answer has, but at
-      least 3. If ``result`` does not contain these tokens, the rule of "exact" applies.
+    - "leading", "contains" and "probability": the first generated tokens. Their number is the length of the preferred
+      answer in tokens, but at least 3. If ``result`` does not contain these tokens, the rule of "exact" applies.
 
     Args:
         protocol: the name of the protocol.

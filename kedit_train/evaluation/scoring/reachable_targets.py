@@ -16,10 +16,10 @@ _FIRST_LINE = ("leading", "exact", "wild")
 
 
 def warn_unreachable(edits: Sequence[tuple[str, Edit]], protocols: Protocols, judge: Judge) -> None:
-    """Warn if a protocol counts an edit as wrong even if the model generates exactly the target.
+    """Warn if a protocol ends answers at a line break and therefore never counts an edit as right.
 
-    Only targets with a line break are checked. "wild" also ends answers at a full stop. There is no warning about full
-    stops, because they are part of the definition of "wild". There is one warning per protocol.
+    There is at most one warning per protocol. The protocol "wild" also ends answers at a full stop. This is part of its
+    definition, so there is no warning about full stops.
 
     Args:
         edits: pairs of a name and an edit.
@@ -38,5 +38,5 @@ def warn_unreachable(edits: Sequence[tuple[str, Edit]], protocols: Protocols, ju
 
 
 def _own(edit: Edit) -> SimpleNamespace:
-    """Return a result for :func:`is_right` whose answer is exactly the edit's target."""
+    """Return a stand-in for the result of a probe. Its answer is the edit's target."""
     return SimpleNamespace(answer=edit.target, accepted=(edit.target, *edit.aliases))

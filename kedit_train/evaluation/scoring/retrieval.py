@@ -1,8 +1,9 @@
 """The retrieval baseline: write the new fact in front of each prompt, and leave the weights unchanged.
 
-The new fact of an edit is written in front of all prompts of this edit, including the prompts about other facts, as if
-a perfect retriever had found the fact. If the edited model does not have higher scores than this baseline, the
-edit is not worth its cost ("Can We Edit Factual Knowledge by In-Context Learning?", arXiv 2305.12740).
+The baseline shows the scores of the unedited model with a perfect retriever. The new fact of an edit is written in
+front of every prompt that tests the edit, even if the prompt asks about another fact. If an edited model does not reach
+higher scores than this baseline, the edit is not worth its cost ("Can We Edit Factual Knowledge by In-Context
+Learning?", arXiv 2305.12740).
 """
 
 from __future__ import annotations
@@ -29,9 +30,9 @@ def retrieval_requests(edits: Mapping[str, Edit], results: Sequence[ProbeResult]
         results: the results of the unedited model.
 
     Returns:
-        A list of pairs (index, probe). The probe is a copy of the probe of ``results[index]``, with the new fact in
-        front of the prompt. The ``question`` of the copy is "retrieval". The ``kind`` of the copy is the ``question``
-        of the original. Only results for reliability, generality (rephrasings), portability and locality get a pair.
+        A list of pairs (index, probe). The probe asks the same as ``results[index]``, with the new fact in front of the
+        prompt. Its ``question`` is "retrieval", and its ``kind`` is the ``question`` of ``results[index]``. The list
+        contains only probes for reliability, generality (only rephrasings), portability and locality.
     """
     names = [field.name for field in fields(ProbeRequest)]
     requests = []
@@ -47,7 +48,7 @@ def retrieval_requests(edits: Mapping[str, Edit], results: Sequence[ProbeResult]
 def compare_with_own_answers(
     base: Sequence[ProbeResult], with_fact: Sequence[ProbeResult], protocols: Protocols, judge: Judge
 ) -> list[ProbeResult]:
-    """Compare the answer to each prompt with the fact in front to the answer to the same prompt without the fact.
+    """Add scores that say how the fact in front of a prompt changes the answer of the unedited model.
 
     Args:
         base: the unedited model's results for the prompts without the fact.
@@ -56,7 +57,7 @@ def compare_with_own_answers(
         judge: function that decides under the protocol "exact" whether an answer is right.
 
     Returns:
-        Copies of ``with_fact`` to which the answers without the fact and the scores of the comparison are added.
+        Copies of ``with_fact`` that also contain the answers without the fact and the added scores.
     """
     return [
         replace(compare_answers(before, after, protocols, judge), right_before=None)

@@ -27,8 +27,8 @@ MAX_PROMPTS = 64
 class RouterDivergence:
     """Compare the routers of the edited model with the routers of the unedited model, on fixed prompts.
 
-    An edit can change which experts a token is sent to, even if the weights of the routers are frozen. The reason is
-    that the edit changes the hidden states that the routers of later layers read.
+    Even if the weights of the routers are frozen, an edit can send a token to other experts, because the edit changes
+    the hidden states that the routers of later layers read.
 
     The prompts are the locality prompts of the edits, or the edits' own prompts if there are no locality prompts. At
     most ``MAX_PROMPTS`` prompts are used, evenly spaced over the edits. The logits of the routers are stored when the
@@ -65,9 +65,10 @@ class RouterDivergence:
         self._unedited = [[logits.cpu() for logits in batch] for batch in self._router_logits(model)]
 
     def measure(self, model: nn.Module) -> Score:
-        """Return the mean of KL(unedited || model) of the routers' distributions over experts.
+        """Return the mean KL divergence of the current routers from the unedited routers.
 
-        The distribution of a router is the softmax of its logits over all experts, before the top-k selection.
+        For each router, the divergence is KL(unedited || model) between two distributions over all experts. Each
+        distribution is a softmax of the router's logits, before the top-k selection.
 
         Args:
             model: the same model with its current weights.
@@ -85,7 +86,7 @@ class RouterDivergence:
         return Score(total / (tokens * self.layers), n=tokens)
 
     def _router_logits(self, model: nn.Module) -> Iterator[list[Tensor]]:
-        """Yield one list per batch: the logits of each router, [tokens, experts] in fp32, without padding tokens."""
+        """Yield, for each batch, one tensor of logits per router: [tokens, experts], fp32, without padding tokens."""
         inner = unwrap_model(model)
         with inference_context(inner), _recorded(routers(model)) as logits:
             for batch in split_into_batches(self._sequences, self._batch_size):
@@ -99,7 +100,7 @@ class RouterDivergence:
 
 @contextmanager
 def _recorded(modules: dict[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
-    """Context manager: give a dict from router name to the router's logits, updated in every forward pass."""
+    """Context manager: yield a dict from router name to logits. Every forward pass updates the dict."""
     logits: dict[str, Tensor] = {}
 
     def record(name: str, router: Any, args: tuple[Tensor, ...]) -> None:

@@ -92,7 +92,8 @@ def total_drift(drifts: Mapping[str, TensorDrift]) -> dict[str, Score]:
     Returns:
         Three scores: ``relative`` (Frobenius norm of the change divided by the Frobenius norm of the original
         weights), ``largest`` (the largest absolute change of one entry) and ``moved`` (fraction of entries that
-        changed). ``n`` is the number of entries. The scores have no interval, because all entries are measured.
+        changed). ``n`` is the number of entries. The scores have no confidence interval, because all entries are
+        measured.
     """
     n = sum(drift.n for drift in drifts.values())
     if n == 0:
@@ -105,9 +106,10 @@ def total_drift(drifts: Mapping[str, TensorDrift]) -> dict[str, Score]:
 
 
 def norms_by_tensor(drifts: Mapping[str, TensorDrift]) -> dict[str, dict[str, float]]:
-    """Return the norms of the change ("change") and of the old values ("before") of each tensor that changed.
+    """Return two norms for each tensor that changed: the norm of the change, and the norm of the old values.
 
-    Tensors whose norm is not finite are left out, because JSON has no such numbers.
+    The keys of the norms are "change" and "before". A tensor with an infinite or NaN norm is left out, because JSON has
+    no such numbers.
     """
     return {
         name: {"change": drift.squared_change**0.5, "before": drift.squared_norm**0.5}

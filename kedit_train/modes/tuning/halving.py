@@ -42,15 +42,16 @@ class Rung:
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """The scores of one setting on some edits. The model was trained on these edits.
+    """The scores of one setting. The model was trained and evaluated on the same edits.
 
     Args:
         setting: the setting.
         edits: number of edits.
-        reliability: the reliability under the first protocol of the evaluation. None if the run failed.
-        generality: the generality under the same protocol. None if the edits have no rephrases.
-        locality: the mean of ``ProbeResult.tokens_kept`` over the locality probes. This is the fraction of the first
-            answer tokens of the unedited model that the edited model also generates. None if there are no probes.
+        reliability: the reliability. If several protocols are evaluated, the first one is used here and for
+            ``generality``. None if the run failed.
+        generality: the generality. None if the edits have no rephrases.
+        locality: the fraction of the first answer tokens that do not change, as a mean over the locality probes (see
+            ``ProbeResult.tokens_kept``). None if there are no probes.
         seconds: time of training and evaluation.
         error: why the run failed. Empty if it did not fail.
     """
@@ -71,7 +72,7 @@ class Trial:
 
     @property
     def mean(self) -> float:
-        """The arithmetic mean of generality and locality. It decides between settings with a harmonic mean of 0."""
+        """The arithmetic mean of generality and locality. :func:`rank` uses it to break ties."""
         return sum(self._measured) / max(1, len(self._measured))
 
     @property
@@ -95,8 +96,8 @@ def split_edits(edits: Sequence[Edit], seed: int = 0) -> tuple[list[int], list[i
         seed: seed of the random order.
 
     Returns:
-        The indices of the tuning half and of the held-out half. The sizes of the halves differ by at most the number of
-        edits about the most frequent subject.
+        The indices of the tuning half and of the held-out half. The halves have about the same size, unless many edits
+        have the same subject.
 
     Raises:
         EditError: all edits are about one subject.
@@ -127,9 +128,11 @@ def plan_rungs(n_settings: int, n_edits: int) -> list[Rung]:
     """Plan the rounds (rungs) of successive halving.
 
     The first round tries all settings on few edits. The second round tries the best third of the settings on more
-    edits. The last round tries the best ninth on all edits. With two or three settings, there are only two rounds, and
-    the last round tries only the best setting. With one setting, there is only the last round. A round is also left out
-    if it would have as many edits as the round before it.
+    edits. The last round tries the best ninth on all edits.
+
+    With two or three settings, there are only two rounds, and the last round tries only the best setting. With one
+    setting, there is only one round, on all edits. If there are few edits, a round may have the same number of edits as
+    the round before it. Such a round is left out.
 
     Args:
         n_settings: number of settings.
@@ -156,10 +159,9 @@ def plan_rungs(n_settings: int, n_edits: int) -> list[Rung]:
 def rank(trials: Sequence[Trial]) -> list[Trial]:
     """Return the trials from best to worst.
 
-    Trials with the required reliability (:attr:`Trial.reliable`) come first, sorted by the harmonic mean of generality
-    and locality. The other trials are sorted by reliability, and trials with equal reliability by the harmonic mean. In
-    both groups, the arithmetic mean of generality and locality breaks ties. Trials that are still equal keep their
-    order.
+    Trials with the required reliability (:attr:`Trial.reliable`) come first. They are sorted by the harmonic mean of
+    generality and locality. The other trials follow. They are sorted by reliability, then by the harmonic mean. In both
+    groups, the arithmetic mean of generality and locality breaks ties. Trials that are still equal keep their order.
     """
 
     def key(trial: Trial) -> tuple[bool, float, float, float]:
@@ -172,9 +174,9 @@ def rank(trials: Sequence[Trial]) -> list[Trial]:
 def pick(trials: Sequence[Trial]) -> tuple[Trial, str]:
     """Return the best trial and the rule by which it was picked. All trials must be on the same edits.
 
-    The trial with the setting of the recipe ``kedit_default`` has priority. If it is reliable
-    (:attr:`Trial.reliable`), another trial is picked only if its score is higher by at least ``MARGIN``. On few edits,
-    smaller differences are often random.
+    The first trial of :func:`rank` is picked, with one exception. If the trial with the setting of the recipe
+    ``kedit_default`` is reliable (:attr:`Trial.reliable`), this trial is picked, unless the score of the first trial is
+    higher by at least ``MARGIN``. On few edits, smaller differences are often random.
 
     Args:
         trials: at least one trial.
@@ -216,15 +218,16 @@ def _beats(one: Trial, other: Trial) -> bool:
 
 
 def covering(scopes: Mapping[Key, frozenset[Name]]) -> dict[Key, Key]:
-    """Find, for each scope (a set of weights), the largest scope that contains all of its weights.
+    """Map each scope (a set of weights) to the largest scope that contains it.
 
-    K-FAC factors that were computed for the largest scope can also be used for the scopes that it contains.
+    K-FAC factors that were computed for a scope can also be used for all scopes that it contains.
 
     Args:
-        scopes: the names of the weights of each scope, as a dict. The dict keys identify the scopes.
+        scopes: dict from the key of each scope to the names of its weights. The keys are chosen by the caller.
 
     Returns:
-        A dict from the dict key of each scope to the dict key of the largest scope. Both can be the same.
+        A dict from the key of each scope to the key of the largest scope. If no larger scope contains a scope, its key
+        is mapped to itself.
 
     Example:
         >>> covering({"late": frozenset({"b"}), "most": frozenset({"a", "b"})})

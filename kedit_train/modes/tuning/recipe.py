@@ -58,8 +58,8 @@ def recipe_text(
         source: the model, edits and texts that the recipe uses, and the path of the recipe.
         rule: the rule by which the setting was picked.
         meta: the metadata of the result.
-        with_kl: whether the recipe contains ``KLLocality`` even if the picked setting has a KL weight of 0. A sweep
-            needs the callback in the recipe, so that it can set the weight.
+        with_kl: whether the recipe contains ``KLLocality`` even if the picked setting has a KL weight of 0. This is
+            needed for a sweep, because a sweep can set the weight only if the recipe contains the callback.
     """
     scores = (("reliability", held_out.reliability), ("generality", held_out.generality))
     scores = (*scores, ("locality", held_out.locality))

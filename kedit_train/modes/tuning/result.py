@@ -31,8 +31,8 @@ class TuneResult:
             and the setting.
         picked: the picked trial. It comes from the last round in which a trial succeeded.
         rule: the rule by which the setting was picked.
-        held_out: the scores of the picked setting on the held-out half. Before this evaluation, the unedited model was
-            trained with the picked setting on the edits of this half.
+        held_out: the last trial. In this trial, the unedited model was trained with the picked setting on the held-out
+            half, and evaluated on the same half.
         halves: the tuning half and the held-out half of the edits.
         meta: model, edits (name and hash), protocol, format of the examples, seed, budget, seconds, versions and date.
     """
@@ -52,7 +52,7 @@ class TuneResult:
         return front(self.trials)
 
     def rows(self) -> list[list[str]]:
-        """Return the rows of a table with :data:`COLUMNS`: one per trial, and a last row with the held-out scores."""
+        """Return one table row per trial, and a last row with the held-out scores. The columns are :data:`COLUMNS`."""
         on_front, rows = self.front, []
         for trial in (*self.trials, self.held_out):
             setting = trial.setting
@@ -136,11 +136,13 @@ class TuneResult:
         return _write(path, recipe_text(self.picked, self.held_out, source, self.rule, self.meta))
 
     def save_sweep(self, path: str | Path, *, model: str, edits: str, keep: str) -> Path:
-        """Write a W&B sweep file with the grid, and the recipe that each run of the sweep uses.
+        """Write two files: a W&B sweep file for the grid, and the recipe that each run of the sweep uses.
 
         ``path`` is the sweep file. If its name is ``NAME.yaml``, the recipe is the file ``NAME_recipe.yaml`` in the
-        same folder. The other arguments are those of :meth:`save_recipe`. The sweep should not use the held-out edits.
-        Save the tuning half with ``halves[0].save(file)``, and pass this file as ``edits``.
+        same folder. The other arguments are those of :meth:`save_recipe`.
+
+        The sweep should not use the held-out edits. Save the tuning half with ``halves[0].save(file)``, and set
+        ``edits`` to this file.
 
         Returns:
             The path.

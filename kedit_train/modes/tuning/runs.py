@@ -97,10 +97,7 @@ class TuneRuns:
 
     @property
     def append_eos(self) -> bool:
-        """Whether an end-of-text token is appended to targets.
-
-        This is what ``append_eos="auto"`` decides for the unedited model.
-        """
+        """Whether all runs append the end-of-text token to targets. This was decided before the first run."""
         return self.keys["append_eos"]
 
     def _key(self, setting: TuneSetting, part: EditDataset) -> str:
@@ -159,8 +156,8 @@ class TuneRuns:
     def _factors(self, layers: Layers) -> Path:
         """Return the file with the text statistics that ``NullSpace`` needs. Create the file if it does not exist.
 
-        If a larger scope of the grid contains the scope of these layers, both scopes share one file. The model then
-        reads the texts only once.
+        The statistics cover the largest scope of the grid that includes ``layers``. All smaller scopes inside this
+        scope share the file, so the model reads the texts only once for them.
         """
         largest = self.scopes[layers]
         name = key_of({"weights": self.weights, "texts": self.keys["texts"], "scope": [str(largest), self.modules]})

@@ -87,12 +87,13 @@ class TuneGrid:
     """The values that :func:`~kedit_train.modes.tune` tries, in all combinations.
 
     Args:
-        layers: list of scopes to try. Each entry is a value for the argument ``layers`` of ``ParameterScope``. Default:
-            two scopes, one layer or many layers in the middle of the network.
+        layers: values for the argument ``layers`` of ``ParameterScope``. The default has two values: 0.66 is a single
+            layer, and "0.5-0.8" is a range of layers in the middle of the network.
         modules: the modules to train in these layers. Only weights of linear layers are supported.
-        step_sizes: step sizes of ``PolyakStep``, as fractions of the training loss.
-        energies: energies of ``NullSpace``.
-        kl_weights: weights of ``KLLocality``. 0 leaves ``KLLocality`` out. The run then takes less time.
+        step_sizes: values for the argument ``step_size`` of ``PolyakStep``, as fractions of the training loss.
+        energies: values for the argument ``energy`` of ``NullSpace``.
+        kl_weights: values for the argument ``weight`` of ``KLLocality``. A run with the value 0 does not use
+            ``KLLocality`` and takes less time.
 
     Raises:
         EditError: a list is empty, or a value is out of range.
@@ -123,10 +124,12 @@ class TuneGrid:
     def settings(self) -> list[TuneSetting]:
         """Return all combinations without repetitions.
 
-        The setting of the recipe ``kedit_default`` comes first, if the grid contains it. All other settings are
-        sorted by KL weight (smallest first), then by layers (in the order of the grid), then by step size (largest
-        first). So fast runs come first: runs without ``KLLocality`` and runs with large steps. If the budget is small,
-        the last settings are left out. If several settings are equally good, the first one is picked.
+        If the grid contains the setting of the recipe ``kedit_default``, this setting comes first. All other settings
+        are sorted by KL weight (smallest first), then by layers (in the order of the grid), then by step size (largest
+        first).
+
+        This order puts faster runs first, because :func:`~kedit_train.modes.tune` leaves out the last settings if the
+        budget is small. If several settings are equally good, the first one is picked.
         """
         kl_weights = sorted({float(weight) for weight in self.kl_weights})
         step_sizes = sorted({float(step) for step in self.step_sizes}, reverse=True)
