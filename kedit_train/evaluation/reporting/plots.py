@@ -75,17 +75,10 @@ def draw_curve(axes: Any, scores: Mapping[int, Score], *, color: str, label: str
 def reliability_locality(reports: Mapping[str, ReportData], path: str | os.PathLike[str]) -> Path:
     """Plot each report as a point: reliability on the x-axis, locality on the y-axis, with 95 % intervals.
 
-<<<<<<< HEAD
     The best edit is in the upper right corner. If a report contains the scores of the unedited model, a cross shows
     the unedited model. Its locality is 1 if locality is the fraction of answers that equal the unedited model's
     answers. If locality is measured against the true answers (with the protocol "probability"), the cross shows the
     unedited model's own score.
-=======
-    The best edit is in the upper right corner. If a report contains the scores of the unedited model, a cross marks the
-    unedited model's reliability, at locality 1. Locality is usually the fraction of answers that the edit does not
-    change, so the unedited model has locality 1. With the protocol "probability", locality is measured on the true
-    answers, and the unedited model's locality can be lower than the cross shows.
->>>>>>> texts
 
     Args:
         reports: dict from label to report. All reports must be on the same edits.
