@@ -9,7 +9,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from conformance.hosts import ARGUMENTS
+from conformance.hosts import ARGUMENTS, labels_of
 from endless import endless
 from trl import SFTConfig, SFTTrainer
 
@@ -49,12 +49,6 @@ def test_lightning(ends: bool, line: str, capsys: pytest.CaptureFixture[str]) ->
     assert bool((batch["labels"] == module.tokenizer.eos_token_id).any()) == ends
 
 
-def labels_of_mask(row: dict[str, list[int]]) -> list[int]:
-    """Return the labels of an example of TRL 0.24, which stores a mask of the tokens to train instead."""
-    pairs = zip(row["input_ids"], row["completion_mask"], strict=True)
-    return [token if trained else -100 for token, trained in pairs]
-
-
 @pytest.mark.parametrize(("ends", "line"), [(True, ON), (False, OFF)])
 def test_edit_sft_trainer(ends: bool, line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model, tokenizer = world.load()
@@ -71,7 +65,7 @@ def test_edit_sft_trainer(ends: bool, line: str, tmp_path: Path, capsys: pytest.
     expected = edits.to_tokens(tokenizer, append_eos=ends)
     rows = list(trainer.train_dataset)
     assert [row["input_ids"] for row in rows] == expected["input_ids"]
-    assert [row["labels"] if "labels" in row else labels_of_mask(row) for row in rows] == expected["labels"]
+    assert [labels_of(row) for row in rows] == expected["labels"]
 
 
 def test_edit_sft_trainer_takes_the_decision_and_refuses_packing(tmp_path: Path) -> None:

@@ -47,6 +47,14 @@ def take_in_order(trainer: Any, arguments: dict[str, Any]) -> None:
         trainer._get_train_sampler = lambda data=None: SequentialSampler(trainer.train_dataset)
 
 
+def labels_of(row: dict[str, list[int]]) -> list[int]:
+    """Return the labels of an example of ``SFTTrainer``. TRL 0.24 stores a mask of the trained tokens instead."""
+    if "labels" in row:
+        return row["labels"]
+    pairs = zip(row["input_ids"], row["completion_mask"], strict=True)
+    return [token if trained else -100 for token, trained in pairs]
+
+
 def collator(tokenizer: Any) -> Callable[[Any], dict[str, torch.Tensor]]:
     return lambda rows: collate(rows, pad_id=pad_token_id(tokenizer))
 
