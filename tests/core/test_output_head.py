@@ -77,9 +77,11 @@ def test_half_precision_and_autocast_are_reproduced(tiny, family, dtype):
     # This call is outside of autocast, but must return what the model returns under autocast. Soft-capping is the
     # exception: the model rounds its steps to half precision. TRL and kedit-train do not.
     tight = 5e-3 if family == "gemma2" else 0.0
+    # In fp16, the model rounds scaled logits near 0 to multiples of 2 ** -24.
+    rounded = 2.0**-25 if family == "cohere" and dtype == torch.float16 else 0.0
     for fp32_gradients in (False, True):
         got = head.project(hidden.flatten(0, 1), fp32_gradients=fp32_gradients).view_as(want)
-        torch.testing.assert_close(got, want, rtol=tight, atol=tight)
+        torch.testing.assert_close(got, want, rtol=tight, atol=max(tight, rounded))
 
 
 def test_only_one_position_is_projected_while_capturing(tiny):
