@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -49,6 +51,28 @@ def checkpoint_without_reentry(args: Any) -> None:
     """
     if TRANSFORMERS_4 and args.gradient_checkpointing:
         args.gradient_checkpointing_kwargs = {"use_reentrant": False, **(args.gradient_checkpointing_kwargs or {})}
+
+
+@contextmanager
+def keeping_checkpointing(trainer: Any) -> Iterator[None]:
+    """Context manager: let TRL turn activation checkpointing on again with the ``gradient_checkpointing_kwargs``.
+
+    Trainers of TRL that generate completions turn checkpointing off for the generation. Older versions of TRL then turn
+    it on again without these arguments. With transformers 4, checkpointing would be reentrant from then on.
+
+    Args:
+        trainer: a ``transformers.Trainer`` whose training loop runs inside the context.
+    """
+    name, args, model = "gradient_checkpointing_enable", trainer.args, trainer.model
+    replace = TRANSFORMERS_4 and args.gradient_checkpointing and name not in vars(model)
+    if replace:
+        given = {"gradient_checkpointing_kwargs": args.gradient_checkpointing_kwargs}
+        vars(model)[name] = partial(getattr(model, name), **given)
+    try:
+        yield
+    finally:
+        if replace:
+            vars(model).pop(name, None)
 
 
 def rescaled_dare(dare: Callable[..., Any]) -> Callable[..., Any]:

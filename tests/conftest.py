@@ -49,6 +49,14 @@ def tokenizers_of_newer_versions() -> None:
 
 
 @pytest.fixture(autouse=True)
+def mixed_precision_of_each_run() -> Iterator[None]:
+    """Remove the mixed precision that transformers 4 stores in the environment and also uses in all later runs."""
+    os.environ.pop("ACCELERATE_MIXED_PRECISION", None)
+    yield
+    os.environ.pop("ACCELERATE_MIXED_PRECISION", None)
+
+
+@pytest.fixture(autouse=True)
 def seeded() -> None:
     """Start every test from the same random state."""
     torch.manual_seed(0)

@@ -117,7 +117,7 @@ def documents() -> dict[str, Any]:
 
 def vision_language() -> dict[str, Any]:
     """Return the names of a program that edits a vision-language model."""
-    from datasets import Dataset
+    from datasets import Dataset, Image, Sequence
 
     names, processor = language_model(), build_processor()
     names["args"].max_length = None
@@ -125,7 +125,9 @@ def vision_language() -> dict[str, Any]:
         {"prompt": f"{PICTURE}{edit.prompt}", "completion": f" {edit.target}", "images": [picture(i)]}
         for i, edit in enumerate(names["edits"])
     ]
-    own = {"model": build_model(processor.tokenizer), "processor": processor, "dataset": Dataset.from_list(rows)}
+    # datasets 3.0 does not recognize images in a list by itself.
+    dataset = Dataset.from_list(rows).cast_column("images", Sequence(Image()))
+    own = {"model": build_model(processor.tokenizer), "processor": processor, "dataset": dataset}
     return {**names, **own}
 
 

@@ -11,7 +11,13 @@ from typing import Any
 import pytest
 
 from kedit_train import compatibility
-from kedit_train.compatibility import checkpoint_without_reentry, rescaled_dare, sft_reads_logits, sha256_of_file
+from kedit_train.compatibility import (
+    checkpoint_without_reentry,
+    keeping_checkpointing,
+    rescaled_dare,
+    sft_reads_logits,
+    sha256_of_file,
+)
 
 
 @pytest.mark.parametrize("size", [0, 3, (1 << 20) + 1])
@@ -65,6 +71,27 @@ def test_only_the_default_of_checkpointing_changes(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(compatibility, "TRANSFORMERS_4", True)
     checkpoint_without_reentry(args)
     assert args.gradient_checkpointing_kwargs == expected
+
+
+class Checkpointed:
+    def __init__(self) -> None:
+        self.calls: list[Any] = []
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Any = None) -> None:
+        self.calls.append(gradient_checkpointing_kwargs)
+
+
+def test_checkpointing_is_turned_on_again_with_the_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = {"use_reentrant": False}
+    args = SimpleNamespace(gradient_checkpointing=True, gradient_checkpointing_kwargs=given)
+    for older, expected in ((False, [None, "own"]), (True, [given, "own"])):
+        monkeypatch.setattr(compatibility, "TRANSFORMERS_4", older)
+        model = Checkpointed()
+        with keeping_checkpointing(SimpleNamespace(model=model, args=args)):
+            model.gradient_checkpointing_enable()
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs="own")
+        assert model.calls == expected
+        assert "gradient_checkpointing_enable" not in vars(model)
 
 
 @pytest.mark.parametrize(("version", "expected"), [("0.18.1", 8.0), ("0.19.0", 2.0), ("0.21.2", 2.0), ("1.0", 2.0)])

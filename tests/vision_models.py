@@ -9,10 +9,15 @@ import torch
 import transformers as tf
 from PIL import Image
 from torch import Tensor
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from kedit_train import world
 from kedit_train.callbacks import ParameterScope, editing
+from kedit_train.compatibility import TRANSFORMERS_4
+
+if TRANSFORMERS_4:
+    from transformers import Qwen2VLImageProcessor as Qwen2VLImageProcessorPil
+else:
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 LAYERS = "model.language_model.layers"
 SCOPE = [f"{LAYERS}.{i}.mlp.down_proj.weight" for i in (1, 2)]
@@ -27,8 +32,18 @@ VISION = "model.visual."
 class ImageProcessor(tf.Qwen2_5_VLProcessor):
     """The processor of Qwen2.5-VL without videos, whose processor needs torchvision."""
 
+    if TRANSFORMERS_4:
+        attributes = ["image_processor", "tokenizer"]
+        tokenizer_class = "PreTrainedTokenizerFast"
+
     def __init__(self, image_processor: Any = None, tokenizer: Any = None, **others: Any) -> None:
-        super().__init__(image_processor, tokenizer, **others)
+        if not TRANSFORMERS_4:
+            super().__init__(image_processor, tokenizer, **others)
+            return
+        # The constructor of the parent needs a video processor.
+        tf.ProcessorMixin.__init__(self, image_processor, tokenizer, **others)
+        self.image_token, self.video_token = _SPECIAL[:2]
+        self.image_token_id, self.video_token_id = tokenizer.convert_tokens_to_ids(_SPECIAL[:2])
 
     @classmethod
     def get_attributes(cls) -> list[str]:
@@ -44,8 +59,11 @@ def build_tokenizer() -> Any:
 
 def build_processor() -> Any:
     """Return a processor. An image of 8 x 8 pixels becomes 16 patches and 4 tokens."""
-    size = {"shortest_edge": 16, "longest_edge": 64}
-    return ImageProcessor(Qwen2VLImageProcessorPil(patch_size=2, merge_size=2, size=size), build_tokenizer())
+    size: Any = {"size": {"shortest_edge": 16, "longest_edge": 64}}
+    if TRANSFORMERS_4:
+        # transformers 4 ignores the size.
+        size = {"min_pixels": 16, "max_pixels": 64}
+    return ImageProcessor(Qwen2VLImageProcessorPil(patch_size=2, merge_size=2, **size), build_tokenizer())
 
 
 def build_model(tokenizer: Any, *, vision_depth: int = 3, seed: int = 0) -> Any:
@@ -58,11 +76,12 @@ def build_model(tokenizer: Any, *, vision_depth: int = 3, seed: int = 0) -> Any:
         "num_attention_heads": 2,
         "num_key_value_heads": 2,
         "max_position_embeddings": 128,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]},
         "pad_token_id": 0,
         "bos_token_id": 1,
         "eos_token_id": 1,
     }
+    rope, theta = {"rope_type": "default", "mrope_section": [2, 1, 1]}, {"rope_theta": 10000.0}
+    text |= {"rope_scaling": rope, **theta} if TRANSFORMERS_4 else {"rope_parameters": rope | theta}
     vision = {
         "depth": vision_depth,
         "hidden_size": 16,

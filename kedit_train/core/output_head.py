@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -194,6 +195,12 @@ class OutputHead:
         name = type(self.model).__name__
         device = next(self.model.parameters()).device
         ids = torch.tensor([[1, 2, 3, 4], [1, 2, 3, 5]], device=device) % max(2, self.config.vocab_size)
+        forward = inspect.signature(base_model(self.model).forward).parameters
+        if "use_cache" not in forward and all(p.kind is not p.VAR_KEYWORD for p in forward.values()):
+            raise EditError(
+                f"{name} is not a causal language model: its forward() does not accept use_cache; use a model loaded "
+                "with AutoModelForCausalLM."
+            )
         with evaluation_mode(self.model), context:
             own = self.model(input_ids=ids, use_cache=False).logits.float()
             states = self.hidden(input_ids=ids)

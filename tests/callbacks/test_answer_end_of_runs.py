@@ -9,7 +9,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from conformance.hosts import ARGUMENTS
+from conformance.hosts import ARGUMENTS, labels_of
 from endless import endless
 from trl import SFTConfig, SFTTrainer
 
@@ -63,8 +63,9 @@ def test_edit_sft_trainer(ends: bool, line: str, tmp_path: Path, capsys: pytest.
     assert str(trainer.answer_end).startswith(line)
     assert said(next(c for c in trainer.callback_handler.callbacks if isinstance(c, EditMetrics))).startswith(line)
     expected = edits.to_tokens(tokenizer, append_eos=ends)
-    assert [row["input_ids"] for row in trainer.train_dataset] == expected["input_ids"]
-    assert [row["labels"] for row in trainer.train_dataset] == expected["labels"]
+    rows = list(trainer.train_dataset)
+    assert [row["input_ids"] for row in rows] == expected["input_ids"]
+    assert [labels_of(row) for row in rows] == expected["labels"]
 
 
 def test_edit_sft_trainer_takes_the_decision_and_refuses_packing(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from conformance.hosts import Rows, collator, lightning_trainer, transformers_trainer
+from installed import older
 from lightning.pytorch.loggers import CSVLogger
 from transformers import EarlyStoppingCallback
 
@@ -179,7 +180,9 @@ def test_the_trainers_evaluations_get_the_scores_and_select_the_best_model(edits
             per_device_train_batch_size=4,
             eval_strategy="steps",
             eval_steps=2,
-            save_strategy="best",
+            # With "best", transformers 4 does not load the best model.
+            save_strategy="steps" if older("transformers", "5") else "best",
+            save_steps=2,
             metric_for_best_model="edit_reliability",
             greater_is_better=True,
             load_best_model_at_end=True,

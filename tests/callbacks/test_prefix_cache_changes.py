@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from callbacks.prefixed import HALVES, batch, build, rates, same, scope, train
+from installed import older
 from torch import Tensor, nn
 
 from kedit_train.callbacks import BatchAnchor, KLLocality, PrefixCache, TokenSmoothing, editing
@@ -171,7 +172,9 @@ def test_eager_attention_gives_the_same_bits_and_served_batches_return_no_keys_a
     model = eager()
     with editing(model, [scope(), PrefixCache()]) as edit:
         edit.before_step()
-        assert model(**inputs).past_key_values is not None
+        first = model(**inputs).past_key_values
+        # In transformers 4, Gemma 3 never returns keys and values in training mode.
+        assert first is not None or (family == "gemma3" and older("transformers", "5"))
         # The keys and values of the skipped layers are missing, so none are returned.
         assert model(**inputs).past_key_values is None
 

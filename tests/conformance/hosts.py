@@ -10,7 +10,7 @@ from typing import Any
 import lightning as L
 import torch
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, SequentialSampler
 from transformers import Trainer, TrainingArguments
 
 from kedit_train.callbacks import editing
@@ -33,9 +33,26 @@ ARGUMENTS: dict[str, Any] = {
 def arguments_of_this_version(arguments: dict[str, Any]) -> dict[str, Any]:
     """Return arguments for ``TrainingArguments`` with the names of the installed version of transformers."""
     newer, older = "activation_checkpointing", "gradient_checkpointing"
-    if newer in {field.name for field in fields(TrainingArguments)}:
-        return arguments
-    return {older if name == newer else name: value for name, value in arguments.items()}
+    known = {field.name for field in fields(TrainingArguments)}
+    if newer not in known:
+        arguments = {older if name == newer else name: value for name, value in arguments.items()}
+    if arguments.get("train_sampling_strategy") == "sequential" and "train_sampling_strategy" not in known:
+        return {name: value for name, value in arguments.items() if name != "train_sampling_strategy"}
+    return arguments
+
+
+def take_in_order(trainer: Any, arguments: dict[str, Any]) -> None:
+    """Let a trainer of transformers 4, which has no ``train_sampling_strategy``, take the examples in their order."""
+    if arguments.get("train_sampling_strategy") == "sequential" and hasattr(trainer.args, "group_by_length"):
+        trainer._get_train_sampler = lambda data=None: SequentialSampler(trainer.train_dataset)
+
+
+def labels_of(row: dict[str, list[int]]) -> list[int]:
+    """Return the labels of an example of ``SFTTrainer``. TRL 0.24 stores a mask of the trained tokens instead."""
+    if "labels" in row:
+        return row["labels"]
+    pairs = zip(row["input_ids"], row["completion_mask"], strict=True)
+    return [token if trained else -100 for token, trained in pairs]
 
 
 def collator(tokenizer: Any) -> Callable[[Any], dict[str, torch.Tensor]]:
@@ -68,6 +85,7 @@ def transformers_trainer(model: Any, tokenizer: Any, edits: Any, callbacks: list
         processing_class=tokenizer,
         callbacks=callbacks,
     )
+    take_in_order(trainer, options)
     trainer.train(resume_from_checkpoint=resume)
     return trainer
 
@@ -85,6 +103,7 @@ def sft_trainer(model: Any, tokenizer: Any, edits: Any, callbacks: list[Any], st
         callbacks=callbacks,
         peft_config=peft_config,
     )
+    take_in_order(trainer, options)
     trainer.train(resume_from_checkpoint=resume)
     return trainer
 

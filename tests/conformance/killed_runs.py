@@ -18,7 +18,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from conformance.hosts import ARGUMENTS, HOSTS, adamw, collator
+from conformance.hosts import ARGUMENTS, HOSTS, adamw, arguments_of_this_version, collator, take_in_order
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from kedit_train import EditSFTConfig, EditSFTTrainer, world
@@ -65,9 +65,10 @@ def with_callbacks(host: str) -> Callable[[Any, str | None], None]:
 
 def edit_sft_trainer(model: Any, checkpoint: str | None) -> None:
     """Train with a config instead of a list of callbacks, and save the delta of the best step."""
+    options = {"output_dir": ".", "save_strategy": "steps", "save_steps": EVERY, "max_steps": STEPS}
+    options |= {"train_sampling_strategy": "sequential"}
     args = EditSFTConfig(
-        **ARGUMENTS | {"output_dir": ".", "save_strategy": "steps", "save_steps": EVERY, "max_steps": STEPS},
-        train_sampling_strategy="sequential",
+        **arguments_of_this_version(ARGUMENTS | options),
         parameter_scope=SCOPE,
         kl_locality={"texts": TEXTS, "batch_size": 2},
         norm_ball={"radius": 1e-2},
@@ -75,6 +76,7 @@ def edit_sft_trainer(model: Any, checkpoint: str | None) -> None:
         save_delta={"path": DELTA, "at": "best"},
     )
     trainer = EditSFTTrainer(model, args=args, edits=edits(), processing_class=loaded()[1])
+    take_in_order(trainer, options)
     trainer.train(resume_from_checkpoint=checkpoint)
 
 

@@ -33,7 +33,7 @@ def test_a_checkpoint_without_random_states_or_optimizer_is_a_warning(
     processes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(transformers_host, "load_stacked_experts", lambda *_: None)
-    args = SimpleNamespace(save_only_model=False, world_size=processes, process_index=0)
+    args = SimpleNamespace(save_only_model=False, world_size=processes, process_index=0, gradient_checkpointing=False)
     host = TransformersHost(args, SimpleNamespace(is_world_process_zero=True), None, None)
     rng = "rng_state_0.pth" if processes > 1 else "rng_state.pth"
     for name in ("optimizer.pt", "scheduler.pt", rng):

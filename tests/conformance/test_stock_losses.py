@@ -10,7 +10,11 @@ from conformance.hosts import HOSTS
 
 from kedit_train import world
 from kedit_train.callbacks import TokenLoss
+from kedit_train.compatibility import TRANSFORMERS_4
 from kedit_train.data import EditDataset
+
+# transformers 4 rounds the losses that it logs to four decimals.
+ROUNDING = 1.001e-4 if TRANSFORMERS_4 else 1e-6
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -64,10 +68,10 @@ def test_cross_entropy_through_the_loss_head_is_the_stock_loss(host: str, option
     assert len(stock) == 3
     for (loss, norm), (own_loss, own_norm) in zip(stock, ours, strict=True):
         half = "bf16" in option
-        assert own_loss == pytest.approx(loss, rel=5e-3 if half else 1e-6, abs=1e-6)
+        assert own_loss == pytest.approx(loss, rel=5e-3 if half else 1e-6, abs=ROUNDING)
         assert own_norm == pytest.approx(norm, rel=2e-2 if half else 2e-5)
     # The first step starts from the same weights.
-    assert ours[0][0] == pytest.approx(stock[0][0], rel=1e-6)
+    assert ours[0][0] == pytest.approx(stock[0][0], rel=1e-6, abs=ROUNDING)
     # Gradients in bf16 are rounded to a relative precision of 4e-3, in an order that depends on the CPU.
     assert ours[0][1] == pytest.approx(stock[0][1], rel=1e-3 if "bf16" in option else 1e-4)
 

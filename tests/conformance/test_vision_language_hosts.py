@@ -121,7 +121,7 @@ def run_trainer(model: Any, processor: Any, edits: Any, callbacks: list[Any], fo
 
 
 def run_sft(model: Any, processor: Any, edits: Any, callbacks: list[Any], folder: Path) -> list[Any]:
-    from datasets import Dataset
+    from datasets import Dataset, Image, Sequence
     from trl import SFTConfig, SFTTrainer
 
     rows = [
@@ -135,7 +135,8 @@ def run_sft(model: Any, processor: Any, edits: Any, callbacks: list[Any], folder
     trainer = SFTTrainer(
         model=model,
         args=SFTConfig(**trainer_arguments(folder), max_length=None),
-        train_dataset=Dataset.from_list(rows),
+        # datasets 3.0 does not recognize images in a list by itself.
+        train_dataset=Dataset.from_list(rows).cast_column("images", Sequence(Image())),
         processing_class=processor,
         callbacks=callbacks,
     )

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
+from kedit_train.compatibility import TRANSFORMERS_4
 from kedit_train.control import ValueModel, controlled
 from kedit_train.control.sites import find_sites
 from kedit_train.control.value import describe_model
@@ -168,7 +169,8 @@ def test_a_prompt_that_is_read_in_parts_does_not_change(value: ValueModel) -> No
     plain = recorded(model, [1], lambda: generate(model, {"input_ids": ids}, n=3, prefill_chunk_size=2))["1"]
     with controlled(model, value, step_size=50.0, radius=0.3):
         moved = recorded(model, [1], lambda: generate(model, {"input_ids": ids}, n=3, prefill_chunk_size=2))["1"]
-    assert [part.shape[1] for part in plain] == [2, 2, 2, 1, 1]
+    # transformers 4 reads the last token of the prompt alone, so this token counts as a generated position.
+    assert [part.shape[1] for part in plain] == ([2, 2, 1, 1, 1, 1] if TRANSFORMERS_4 else [2, 2, 2, 1, 1])
     assert all(equal_bits(a, b) for a, b in zip(plain[:3], moved[:3], strict=True))
     assert not equal_bits(plain[3], moved[3])
 

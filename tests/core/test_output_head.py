@@ -29,14 +29,17 @@ def head_of(model: nn.Module) -> OutputHead:
 def test_projection_equals_the_logits_of_the_model(tiny, family):
     model = tiny(family).eval()
     with torch.no_grad():
-        want = model(input_ids=IDS).logits
+        # With a cache, torch may round attention differently.
+        want = model(input_ids=IDS, use_cache=False).logits
         head = head_of(model)
         hidden = head.hidden(input_ids=IDS)
         torch.testing.assert_close(head.project(hidden.flatten(0, 1)).view_as(want), want, rtol=1e-6, atol=1e-6)
         # These heads change the logits after the matrix, by so much that the comparison above would fail without it.
         if family in ("gemma2", "gemma3", "cohere", "granite"):
             assert (head.module(hidden) - want).abs().max() > 0.1
-        assert torch.equal(model(input_ids=IDS).logits, want), "the model is unchanged outside of capturing()"
+        assert torch.equal(model(input_ids=IDS, use_cache=False).logits, want), (
+            "the model is unchanged outside of capturing()"
+        )
 
 
 def test_the_head_receives_one_position_in_the_layout_of_a_new_tensor(tiny):
@@ -69,14 +72,16 @@ def test_half_precision_and_autocast_are_reproduced(tiny, family, dtype):
 
     head = EditRun(model, Mixed(object())).head()
     with torch.no_grad(), torch.autocast("cpu", dtype=dtype):
-        want = model.eval()(input_ids=IDS).logits.float()
+        want = model.eval()(input_ids=IDS, use_cache=False).logits.float()
         hidden = head.hidden(input_ids=IDS)
     # This call is outside of autocast, but must return what the model returns under autocast. Soft-capping is the
     # exception: the model rounds its steps to half precision. TRL and kedit-train do not.
     tight = 5e-3 if family == "gemma2" else 0.0
+    # In fp16, the model rounds scaled logits near 0 to multiples of 2 ** -24.
+    rounded = 2.0**-25 if family == "cohere" and dtype == torch.float16 else 0.0
     for fp32_gradients in (False, True):
         got = head.project(hidden.flatten(0, 1), fp32_gradients=fp32_gradients).view_as(want)
-        torch.testing.assert_close(got, want, rtol=tight, atol=tight)
+        torch.testing.assert_close(got, want, rtol=tight, atol=max(tight, rounded))
 
 
 def test_only_one_position_is_projected_while_capturing(tiny):
@@ -106,7 +111,7 @@ def test_a_model_that_is_not_causal_is_refused(tiny, decoder):
 
 
 def test_a_masked_language_model_is_refused(tiny):
-    with pytest.raises(EditError, match=r"^BertForMaskedLM is not a causal language model: the hidden"):
+    with pytest.raises(EditError, match=r"^BertForMaskedLM is not a causal language model: (the hidden|its forward)"):
         head_of(tiny("bert", transformers.BertForMaskedLM))
 
 

@@ -9,12 +9,14 @@ from typing import Any
 from transformers.trainer_utils import get_last_checkpoint
 
 from kedit_train.callbacks.hosts.teacher_vocabulary import check_teacher_vocabulary
+from kedit_train.compatibility import keeping_checkpointing
 from kedit_train.core.after_end import check_after_end
 from kedit_train.core.reference_weights import check_unchanged
 from kedit_train.core.run import EditRun
 
 _LOOP = "_inner_training_loop"
 _EPOCH = "_run_epoch"
+_BATCHES = "get_batch_samples"
 _LOAD = "_load_from_checkpoint"
 _SETUP = "_hp_search_setup"
 
@@ -72,7 +74,11 @@ class GuardedLoop(_Guard):
             check_teacher_vocabulary(trainer)
             if hasattr(type(trainer), _EPOCH):
                 trainer.__dict__[_EPOCH] = self._run_epoch
-            result = loop(trainer, *args, **kwargs)
+            else:
+                # transformers 4 runs the epochs inside of the loop.
+                trainer.__dict__[_BATCHES] = self._get_batches
+            with keeping_checkpointing(trainer):
+                result = loop(trainer, *args, **kwargs)
             for run in _runs(trainer, closed=True):
                 check_after_end(run)
             return result
@@ -81,12 +87,21 @@ class GuardedLoop(_Guard):
                 run.close()
             raise
         finally:
-            trainer.__dict__.pop(_EPOCH, None)
+            for name in (_EPOCH, _BATCHES):
+                trainer.__dict__.pop(name, None)
+
+    def _has_steps_left(self) -> bool:
+        state = self._trainer.state
+        return not state.max_steps or state.global_step < state.max_steps
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> Any:
-        trainer = self._trainer
-        if not trainer.state.max_steps or trainer.state.global_step < trainer.state.max_steps:
-            return getattr(type(trainer), _EPOCH)(trainer, *args, **kwargs)
+        if self._has_steps_left():
+            return getattr(type(self._trainer), _EPOCH)(self._trainer, *args, **kwargs)
+
+    def _get_batches(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
+        if self._has_steps_left():
+            return getattr(type(self._trainer), _BATCHES)(self._trainer, *args, **kwargs)
+        return [], None
 
 
 class GuardedLoad(_Guard):

@@ -77,7 +77,8 @@ def load_for(args: Namespace, name: str, dtype: str) -> tuple[Any, Any]:
     import torch
 
     model, tokenizer = load(name, dtype, trust_remote_code=args.trust_remote_code)
-    accelerator = torch.accelerator.current_accelerator()
+    # If a CUDA build of torch finds no GPU, current_accelerator() raises an error (torch 2.6) or returns "cuda".
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     device = args.device or (accelerator.type if accelerator is not None else "cpu")
     try:
         return model.to(device), tokenizer

@@ -23,6 +23,7 @@ class Prefix:
         backbone: the module that receives token ids and calls the layers.
         layers: the layers in the order of their calls. Each layer receives the hidden states of the previous layer.
         cut: the index of the first layer that must run in every step. All earlier layers are frozen.
+        tuples: for each layer, whether it returns its hidden states as a tuple with one element.
         parameters: name -> parameter of every module that runs before layer ``cut``.
         modules: the modules that run before layer ``cut``.
     """
@@ -30,6 +31,7 @@ class Prefix:
     backbone: nn.Module
     layers: list[nn.Module]
     cut: int
+    tuples: list[bool]
     parameters: dict[str, nn.Parameter]
     modules: list[nn.Module]
 
@@ -64,13 +66,15 @@ class _Trace:
     def chain(self, layers: nn.ModuleList) -> list[nn.Module]:
         """Return the called layers if they form a chain, else an empty list.
 
-        In a chain, every layer runs once, in order, and receives the tensor that the previous layer returned.
+        In a chain, every layer runs once, in order, and receives the tensor that the previous layer returned. A layer
+        may also return the tensor as a tuple with one element, as some models of transformers 4 do.
         """
         own = {id(layer) for layer in layers}
         calls = [(m, call) for m, call in zip(self.called, self.inputs, strict=True) if id(m) in own]
         if len(calls) < 2 or [id(m) for m, _ in calls] != [id(m) for m in list(layers)[: len(calls)]]:
             return []
         outputs = [self.outputs[id(m)][0] for m, _ in calls]
+        outputs = [output[0] if _is_single(output) else output for output in outputs]
         inputs = [args[0] if args else None for _, (args, _) in calls]
         are_states = all(isinstance(x, Tensor) and x.ndim == 3 and x.is_floating_point() for x in (*inputs, *outputs))
         are_joined = all(output is received for output, received in zip(outputs, inputs[1:], strict=False))
@@ -155,7 +159,12 @@ def find_prefix(
             "parameters of every layer that is skipped; remove PrefixCache or use DDP."
         )
     modules = list({id(m): m for m in trace.called[:start]}.values())
-    return Prefix(backbone, layers, cut, {names[key]: p for key, p in before.items()}, modules)
+    tuples = [_is_single(trace.outputs[id(layer)][0]) for layer in layers]
+    return Prefix(backbone, layers, cut, tuples, {names[key]: p for key, p in before.items()}, modules)
+
+
+def _is_single(output: Any) -> bool:
+    return isinstance(output, tuple) and len(output) == 1
 
 
 def _check_backbone(trace: _Trace, backbone: nn.Module, input_ids: Tensor) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -276,13 +277,15 @@ class FrozenPrefix:
                 layer.__dict__["forward"] = own
 
     def _skip_layers(self, hidden: Tensor) -> None:
-        def enter(embeddings: Tensor, *_: Any, **__: Any) -> Tensor:
+        def skip(index: int, received: Tensor, *_: Any, **__: Any) -> Tensor | tuple[Tensor]:
             # If the embeddings require a gradient, reentrant checkpointing needs an input that requires one as well.
-            return hidden.requires_grad_() if embeddings.requires_grad else hidden
+            first = hidden.requires_grad_() if received.requires_grad else hidden
+            states = received if index else first
+            return (states,) if self.prefix.tuples[index] else states
 
         for i, layer in enumerate(self.prefix.layers[: self.prefix.cut]):
             self._replaced_forwards.append((layer, layer.__dict__.get("forward")))
-            layer.__dict__["forward"] = enter if i == 0 else _pass_on
+            layer.__dict__["forward"] = partial(skip, i)
 
     @staticmethod
     def _assemble(sequences: SequenceBatch, stored: list[Tensor], device: torch.device) -> Tensor:
@@ -332,10 +335,6 @@ class FrozenPrefix:
             self._warned.add(message)
             with reported_by(_COMPONENT):
                 warn(message)
-
-
-def _pass_on(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
-    return hidden
 
 
 def _random_states(device: torch.device) -> list[Tensor]:
