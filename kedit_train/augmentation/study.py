@@ -21,7 +21,7 @@ from kedit_train.errors import EditError, reported_by, warn
 from kedit_train.paths import PATH
 
 _KINDS = Rule(
-    f"one or several of {', '.join(KINDS)}",
+    f"a list of one or more of {', '.join(KINDS)}",
     lambda value: not isinstance(value, str) and isinstance(value, Sequence) and bool(value) and set(value) <= {*KINDS},
 )
 _FUNCTION = Rule("a function (row, document) -> bool", callable)

@@ -65,9 +65,10 @@ class EditCallback(TransformersEvents, LightningEvents):
         return set()
 
     def requires(self) -> Sequence[Requirement]:
-        """Return the metrics and capabilities that other callbacks of the run must provide.
+        """Return the requirements of this callback: the metrics and capabilities that it needs.
 
-        The run checks these requirements before the first callback attaches.
+        For each requirement, a callback of the run must provide one of the names in ``any_of``. This may be the
+        callback itself. The run checks the requirements before the first callback attaches.
         """
         return ()
 

@@ -40,9 +40,9 @@ class ForgettingBudget(EditCallback):
     argument ``weight`` of the penalty is only the value at the start.
 
     If the run is long enough, the divergence is within the budget at its end. In the first steps, the divergence can be
-    above the budget, because the weight has not yet adapted. The divergence of a step is measured before the weights
-    change, so the effect of the last step is not measured. If the last average is above the budget, there is a warning
-    at the end of the run.
+    above the budget, because ``ForgettingBudget`` has not yet adapted the weight of the penalty. The divergence of a
+    step is measured before the weights of the model change, so the effect of the last step is not measured. If the last
+    average is above the budget, there is a warning at the end of the run.
 
     Args:
         kl: the budget: mean divergence per token in nats, in the direction that the penalty uses. For

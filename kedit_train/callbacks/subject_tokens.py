@@ -1,4 +1,4 @@
-"""SubjectTokens: train the weights only through the tokens of the subject."""
+"""SubjectTokens: compute the gradients of the weights only from the tokens of the subject."""
 
 from __future__ import annotations
 

@@ -199,9 +199,9 @@ def share_texts(config: Any) -> None:
     if own is not None and own.texts is not None:
         if not readers:
             raise EditError(
-                f"data.texts={cut(repr(own.texts))} is not used, because it only replaces the setting 'texts: world' "
-                "of callbacks, and no callback of this run has this setting; remove data.texts, or add a callback with "
-                "this setting."
+                f"data.texts={cut(repr(own.texts))} is not used, because no callback of this run has the setting "
+                "'texts: world', which data.texts would replace; remove data.texts, or add a callback with this "
+                "setting."
             )
         for reader in readers:
             if isinstance(reader.init_args.texts, Namespace):

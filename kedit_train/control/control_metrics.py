@@ -161,7 +161,9 @@ class ControlMetrics(Callback):
             )
 
     def check_prompts(self, data: Any, module: Any) -> None:
-        """Check the prompts and the layers. The data module calls this before it samples responses.
+        """Check the arguments ``prompts`` and ``layers`` of this callback.
+
+        The data module calls this method before it samples responses.
 
         Args:
             data: the :class:`ResponseDataModule`.

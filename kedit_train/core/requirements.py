@@ -16,8 +16,9 @@ from kedit_train.errors import EditError
 class Requirement:
     """A requirement or a conflict of one callback.
 
-    ``EditCallback.requires()`` returns requirements: other callbacks of the run must provide at least one of the names.
-    ``EditCallback.conflicts()`` returns conflicts: no other callback of the run may provide any of the names.
+    ``EditCallback.requires()`` returns requirements: a callback of the run (this callback or another one) must provide
+    at least one of the names. ``EditCallback.conflicts()`` returns conflicts: no other callback of the run may provide
+    any of the names.
 
     Args:
         any_of: the names. A name is the key of a published metric (``"edit/reliability"``) or a capability

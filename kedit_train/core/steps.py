@@ -87,7 +87,9 @@ class OptimizerSteps:
         self._penalized = None
 
     def penalty(self) -> Tensor | None:
-        """Announce an optimizer step and return the sum of the callbacks' penalties.
+        """Return the sum of the callbacks' penalties for the next optimizer step.
+
+        The training loop calls this method before each optimizer step. With this call, the loop announces the step.
 
         Returns:
             A scalar, or None if there is no penalty or the step has already been announced.

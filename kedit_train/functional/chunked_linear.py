@@ -39,7 +39,11 @@ class GradientSums:
 
     @contextmanager
     def collecting(self) -> Iterator[None]:
-        """Context manager: each :func:`linear` in the ``with`` block adds the gradient of its weight to these sums."""
+        """Collect gradients in a ``with`` block.
+
+        The backward pass of each :func:`linear` that is called in the block adds the gradient of its weight to the sum
+        for this weight.
+        """
         token = _COLLECTING.set(self)
         try:
             yield

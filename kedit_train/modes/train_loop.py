@@ -67,11 +67,11 @@ class TrainLoop:
     Args:
         tokenizer: the model's tokenizer.
         callbacks: callbacks of ``kedit_train.callbacks``, in any order. None: ``ParameterScope`` on one
-            down-projection late in the model. ``run_edits`` may call the training function several times. Each call
-            resets the callbacks. They then treat the model at the start of this call as the unedited model. Some
-            callbacks also remember earlier calls. With ``sequential=True``, ``KLLocality``, ``NullSpace`` and
-            ``LowCurvature`` keep what they computed in earlier calls. With ``anchor="base"`` (the default),
-            ``NormBall`` and ``WeightAnchor`` use the weights before the first call.
+            down-projection late in the model. ``run_edits`` may call the training function several times. In each
+            call, the callbacks begin anew, and treat the model at the start of this call as the unedited model. There
+            are two exceptions. With ``sequential=True``, ``KLLocality``, ``NullSpace`` and ``LowCurvature`` keep what
+            they computed in earlier calls. With ``anchor="base"`` (the default), ``NormBall`` and ``WeightAnchor`` use
+            the weights before the first call.
         epochs: maximum number of passes over the edits.
         batch_size: training examples per optimizer step.
         learning_rate: learning rate of the optimizer.

@@ -218,7 +218,7 @@ def test_bad_input_is_reported_in_one_line(writer: Any, scripted_model: Any, tmp
     with pytest.raises(EditError, match=r"document 'The ferry' with 3990 new tokens must fit into the context .*4000"):
         write(writer, path, max_new_tokens=3990)
     for wrong in ((), ("poem",), "question"):
-        with pytest.raises(EditError, match="study_rows: kinds must be one or several of paraphrase, question"):
+        with pytest.raises(EditError, match="study_rows: kinds must be a list of one or more of paraphrase, question"):
             write(writer, path, kinds=wrong)
 
 

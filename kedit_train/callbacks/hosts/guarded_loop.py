@@ -187,12 +187,13 @@ def _has_checkpoint(trainer: Any) -> bool:
 
 
 def guard_loop(control: Any) -> None:
-    """Replace methods of a trainer by :class:`GuardedLoop`, :class:`GuardedLoad` and :class:`GuardedSetup`.
+    """Replace three methods of a trainer by objects that also close the edit runs if training fails.
 
-    Call this function from a callback of the trainer.
+    The objects are a :class:`GuardedLoop`, a :class:`GuardedLoad` and a :class:`GuardedSetup`. Call this function from
+    a callback of the trainer.
 
     Args:
-        control: the trainer's control object.
+        control: the control object that the trainer passes to its callbacks.
     """
     trainer = calling_trainer(control)
     if trainer is not None and _LOOP not in trainer.__dict__ and hasattr(type(trainer), _LOOP):

@@ -47,7 +47,7 @@ def arguments(parser: ArgumentParser) -> None:
         "--protocol",
         default="auto",
         metavar="P",
-        help="how answers are judged: auto, or one or several of leading, exact, contains, wild, teacher_forced and "
+        help="how answers are judged: auto, or one or more of leading, exact, contains, wild, teacher_forced and "
         "probability, separated by commas (default: auto)",
     )
     add("--retrieval", action="store_true", help="also measure the base model with the new fact in the prompt")

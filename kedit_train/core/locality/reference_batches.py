@@ -82,8 +82,9 @@ class ReferenceBatches:
             )
         if not self.texts.restrict(sequences):
             raise EditError(
-                "no text of the first run can be used in this run: each text is either missing from this run's texts= "
-                "or contains an evaluation prompt of this run's edits; create a new callback with other texts."
+                "with sequential=True, every run uses the texts of the first run, but none of them can be used in this "
+                "run: each text has been removed from the argument texts, or contains an evaluation prompt of this "
+                "run; create a new callback with other texts."
             )
         if self.replay_buffer.pending:
             with run.reference_model(), evaluation_mode(run.model), run.host.forward_context():

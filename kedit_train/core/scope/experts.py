@@ -49,13 +49,14 @@ def names_in_dense_model(names: Iterable[str]) -> dict[str, str]:
 
 
 def router_parameters(names: Iterable[str]) -> dict[str, str]:
-    """Return the parameters of all routers, and of the gates of shared experts.
+    """Find the parameters of the routers and of the gates of shared experts.
 
     Args:
         names: the names of all parameters of a model.
 
     Returns:
-        A dict from the name of each parameter to the name of its router or gate within the block, such as "gate".
+        A dict. Its keys are the names of the parameters that were found. Each value is the name of the router or gate
+        within its block, such as "gate".
 
     Example:
         >>> router_parameters(["0.mlp.experts.down_proj", "0.mlp.gate.weight", "1.mlp.gate.weight"])

@@ -76,13 +76,13 @@ class ExampleFilter(Protocol):
         ...
 
     def record(self, where: Tensor, active: Tensor, *sums: Tensor) -> None:
-        """Receive the results of the examples that were not left out.
+        """Receive the results of a forward pass on the examples that remained in the batch.
 
         Args:
             where: [examples, sequence - 1] bool, the supervised positions.
             active: [N] bool, whether the token at each of the N supervised positions is not learned yet.
-            sums: tensors [N] with one value per token. The first tensor is the loss. With TRL, the second tensor is the
-                entropy, and the third tensor is 1 if the label was the most probable token, else 0.
+            sums: one tensor [N] with the loss of each token. With TRL, two more tensors [N] follow: the entropy of the
+                prediction for each token, and 1 for each token whose label was the most probable token, else 0.
         """
         ...
 

@@ -246,7 +246,7 @@ class LossHead:
     def _left_out_weights(
         self, call: _Call, where: Tensor, count: Tensor, shares: int
     ) -> list[tuple[LeftOutExample, Any]]:
-        """Return the removed examples, each with the weight of its tokens in the mean over the batch."""
+        """Return each example that the filter left out, with the factor of its loss."""
         examples = call.left_out.examples
         if self.reduction == "token":
             return [(example, 1.0 / count) for example in examples]

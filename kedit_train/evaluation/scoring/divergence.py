@@ -113,9 +113,9 @@ def compute_divergences(
     for prompt in prompts:
         if prompt not in reference:
             raise EditError(
-                f"the result passed as unedited= has no distribution for {shorten(prompt)!r}; evaluate the unedited "
-                "model in this process, on the same prompts and without unedited=. With evaluate, also set "
-                'EvaluationOptions(metrics=["kl"]).'
+                f"the result passed as unedited= has no distribution for {shorten(prompt)!r}; first measure the model "
+                "before the edit, on the same prompts and without the argument unedited=, and pass that result, not "
+                'one from a file. With evaluate, set EvaluationOptions(metrics=["kl"]) both times.'
             )
     sequences = [reference[prompt].sequence for prompt in prompts]
     divergences: dict[str, tuple[float, ...]] = {}

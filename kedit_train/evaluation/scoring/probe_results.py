@@ -37,8 +37,8 @@ class ProbeResult(ProbeRequest):
     Args:
         answer: the generated answer.
         ended: True if the model ended the answer itself.
-        margin: the smallest difference between the two largest logits, over all tokens of the answer. None if no token
-            was generated.
+        margin: the largest logit minus the second largest logit, at the token of the answer where this difference is
+            smallest. None if no token was generated.
         right: True if the answer is right under the report's first protocol. None if ``accepted`` is empty.
         contained: True if the answer contains one of the ``accepted`` answers. None if ``accepted`` is empty.
         before: the unedited model's answer. None without a report on the unedited model.

@@ -65,7 +65,7 @@ def test_later_runs_draw_only_texts_that_are_still_allowed(model, head):
     start_next_run(made, model, head, sequences=SEQUENCES[:2])
     assert set(made.draw(8)[0]) == {0, 1}
     made.finish_run([])
-    with pytest.raises(EditError, match="no text of the first run can be used in this run"):
+    with pytest.raises(EditError, match="uses the texts of the first run, but none of them can be used in this run"):
         start_next_run(made, model, head, sequences=SEQUENCES[4:])
 
 
