@@ -7,9 +7,8 @@ The teacher is the unedited model. It reads the new fact four times before the p
 without the fact. At each token of its own completion, the student learns the teacher's distribution. The teacher must
 follow facts in its context, otherwise the script ends with an error. docs/hosts.md has more measurements.
 
-Measured on SmolLM2 with 20 facts: reliability 0.95, generality 0.15, locality 0.50; 230 s of processor time on one core
-(2026-11-27). Locality is the fraction of answers to other prompts whose first tokens stay the same. Of the answers that
-were right before the edit, 0.94 stay right.
+Measured on SmolLM2 with 20 facts: reliability 0.95, generality 0.15, 0.50 of the other answers keep their first tokens,
+0.94 of the right ones stay right; 230 s of processor time on one core (2026-11-27).
 """
 
 import argparse

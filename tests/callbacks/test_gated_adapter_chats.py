@@ -72,4 +72,4 @@ def test_a_plain_loop_with_chats_and_without_their_format_gets_a_warning(tmp_pat
     opened, messages = run("loop", "chat", tmp_path)
     assert opened < 1
     assert len(messages) == 1
-    assert "in a plain loop, set it with editing(prompt_format=)" in messages[0]
+    assert "In a plain loop, pass the prompt format of the examples to editing(prompt_format=)." in messages[0]

@@ -88,7 +88,9 @@ def hooked(model: Any) -> None:
 
 @pytest.mark.parametrize("change", [other_module, other_layer, hooked])
 def test_modules_and_hooks_that_appear_below_the_scope_are_noticed(change: Any) -> None:
-    with pytest.warns(UserWarning, match="cache: a module or a hook below layer 3 was added, removed or replaced"):
+    with pytest.warns(
+        UserWarning, match="cache, because a module or a hook below layer 3 was added, removed or replaced"
+    ):
         cached = train_changing(change, PrefixCache())
     assert cached[0] == train_changing(change)[0]
     assert cached[2][-1]["edit/cache/bypassed"] == 2

@@ -162,5 +162,7 @@ def test_a_penalty_without_a_gradient_of_the_loss_is_an_error() -> None:
         zero = FlatOptimizer(torch.optim.SGD(edit.parameters(), lr=0.1))
         edit.before_step()
         network[0](torch.ones(1, 5)).sum().backward()
-        with pytest.raises(EditError, match=r"must have a gradient .*, got none for 2\.weight; call edit\.before_step"):
+        with pytest.raises(
+            EditError, match=r"must also get a gradient .*, got none for 2\.weight; call edit\.before_step"
+        ):
             zero.step()

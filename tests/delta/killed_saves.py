@@ -8,6 +8,7 @@ import random
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -29,6 +30,17 @@ def is_right(path: Path) -> bool | None:
     return any(bool((change.after == value).all()) for value in (1.0, 2.0)) and not bool(change.before.any())
 
 
+def stop_during_a_save(child: int, is_saving: Callable[[], bool]) -> None:
+    """Stop a process while an unfinished file exists."""
+    while True:
+        os.kill(child, signal.SIGSTOP)
+        os.waitpid(child, os.WUNTRACED)
+        if is_saving():
+            return
+        os.kill(child, signal.SIGCONT)
+        time.sleep(0.0001)
+
+
 def main(folder: Path, kills: int) -> None:
     deltas, draw, path = [make(1.0), make(2.0)], random.Random(0), folder / "edit.safetensors"
     found = {"killed": 0, "wrong": 0, "unfinished": 0, "refused": 0, "loaded": 0}
@@ -40,10 +52,10 @@ def main(folder: Path, kills: int) -> None:
             while True:
                 for delta in deltas:
                     delta.save(path)
-        # On a busy machine, the child may not get far in this time, so every second kill waits for an unfinished file.
+        # On a busy machine, the child may not get far in this time, so every second kill is during a save.
         time.sleep(0.001 + 0.02 * draw.random())
-        while number % 2 and not any(file != path and file not in seen for file in folder.rglob("*")):
-            time.sleep(0.0001)
+        if number % 2:
+            stop_during_a_save(child, lambda: any(file != path and file not in seen for file in folder.rglob("*")))
         os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
         found["killed"] += os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
