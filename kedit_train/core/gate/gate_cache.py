@@ -7,12 +7,14 @@ same way, so the state of the gate always fits the cached tokens.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
+from kedit_train.compatibility import read_cache
 from kedit_train.errors import EditError
 
 
@@ -20,13 +22,13 @@ class _GateLayer(DynamicLayer):
     """A layer of the cache whose ``keys``, [rows, 1, positions, 1], are True where the gate is open."""
 
 
-def open_before(cache: Any, rows: int, device: torch.device) -> Tensor:
+def open_before(inputs: Mapping[str, Any], rows: int, device: torch.device) -> Tensor:
     """Return the state of the gate at the last cached position of each row.
 
     The result is [rows], bool: True if the gate is open. If nothing is cached, the gate is closed in every row.
 
     Args:
-        cache: the ``past_key_values`` of a forward call, or None.
+        inputs: the arguments of the forward call, by name.
         rows: the number of rows of the batch.
         device: the device of the result.
 
@@ -35,10 +37,12 @@ def open_before(cache: Any, rows: int, device: torch.device) -> Tensor:
             the gated model has not read.
     """
     closed = torch.zeros(rows, dtype=torch.bool, device=device)
+    cache = read_cache(inputs)
     if cache is None:
         return closed
+    name = next(name for name, value in inputs.items() if value is cache)
     if not isinstance(cache, Cache):
-        raise EditError(f"past_key_values must be a Cache of transformers, got {type(cache).__name__}.")
+        raise EditError(f"{name} must be a Cache of transformers, got {type(cache).__name__}.")
     if cache.is_compileable:
         raise EditError(
             f"a gated model needs a key-value cache that grows, got {type(cache).__name__}; leave out "
@@ -56,7 +60,7 @@ def open_before(cache: Any, rows: int, device: torch.device) -> Tensor:
     if states is None or read != length:
         unread = length - read if read < length else length
         raise EditError(
-            f"past_key_values contains {unread} tokens that the gated model has not read; pass an empty cache, or the "
+            f"{name} contains {unread} tokens that the gated model has not read; pass an empty cache, or the "
             "cache of an earlier call of this model."
         )
     return states[:, 0, -1, 0].to(device)
