@@ -33,11 +33,13 @@ def open_before(inputs: Mapping[str, Any], rows: int, device: torch.device) -> T
         device: the device of the result.
 
     Raises:
-        EditError: the cache is not a ``Cache`` of transformers, has a fixed size, is offloaded, or contains tokens that
-            the gated model has not read.
+        EditError: the cache is not a ``Cache`` of transformers, contains only recurrent states, has a fixed size, is
+            offloaded, or contains tokens that the gated model has not read.
     """
     closed = torch.zeros(rows, dtype=torch.bool, device=device)
     cache = read_cache(inputs)
+    if inputs.get("cache_params") is not None or _is_recurrent(cache):
+        raise EditError("a gated model cannot use a cache of recurrent states; pass use_cache=False.")
     if cache is None:
         return closed
     name = next(name for name, value in inputs.items() if value is cache)
@@ -81,6 +83,15 @@ def add_open(cache: Any, is_open: Tensor) -> None:
         cache.layers.append(own)
     state = is_open[:, None, :, None]
     own.update(state, state)
+
+
+def _is_recurrent(cache: Any) -> bool:
+    """Return True if all layers of a cache store recurrent states, as in Mamba.
+
+    Before transformers 5.24, such a cache is passed as ``cache_params``.
+    """
+    layers = cache.layers if isinstance(cache, Cache) else []
+    return bool(layers) and all(type(layer).__name__ == "LinearAttentionLayer" for layer in layers)
 
 
 def _gate_layer(cache: Cache) -> _GateLayer | None:

@@ -11,6 +11,7 @@ import torch
 from installed import CACHE, needs
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
+from transformers import MambaConfig, MambaForCausalLM
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from kedit_train.core.gate.adapted_layers import find_adapted_layers
@@ -238,6 +239,20 @@ def test_an_offloaded_cache_is_refused(models):
     cache.offloading = True
     with pytest.raises(EditError, match=r"cannot use an offloaded key-value cache; leave out cache_implementation=\."):
         logits(model, **{CACHE: cache}, use_cache=True)
+
+
+def test_a_cache_of_recurrent_states_is_refused():
+    config = MambaConfig(vocab_size=61, hidden_size=16, num_hidden_layers=3, state_size=4, eos_token_id=None)
+    base = MambaForCausalLM(config).eval()
+    model = adapted(copy.deepcopy(base), ["in_proj"], layers_pattern="layers")
+    with torch.no_grad():
+        key = base.backbone.layers[0](base.backbone.embeddings(IDS[:1]))[:, CUT]
+    Gate(key, torch.tensor([1e-3]), LAYER).install(model)
+    options: Any = {"input_ids": IDS, "max_new_tokens": 2, "pad_token_id": 0}
+    with pytest.raises(EditError, match=r"^a gated model cannot use a cache of recurrent states; pass use_cache=False"):
+        model.generate(**options)
+    assert model.generate(**options, use_cache=False).shape == (3, 8)
+    assert find_gate(model).opened_rows.tolist() == [True, False, False]
 
 
 def test_a_copied_and_a_pickled_model_have_their_own_gate(models):
