@@ -12,10 +12,11 @@ import pytest
 import torch
 from installed import CACHE
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MambaConfig, MambaForCausalLM
+from transformers import AutoModelForCausalLM, DynamicCache, GPT2Config, LlamaConfig, MambaConfig, MambaForCausalLM
 
 from kedit_train.compatibility import TRANSFORMERS_4
 from kedit_train.control import ValueModel, controlled
+from kedit_train.control.positions import GeneratedPositions
 from kedit_train.control.sites import find_sites
 from kedit_train.control.value import describe_model
 from kedit_train.errors import EditError
@@ -318,6 +319,17 @@ def test_two_plain_passes_are_two_prompts(value: ValueModel) -> None:
         model(input_ids=ids[:, :5])
         model(input_ids=ids)
     assert control.positions == 0
+
+
+@pytest.mark.parametrize("name", ["past_key_values", "cache"])
+def test_both_names_of_the_cache_show_a_generated_position(name: str) -> None:
+    """transformers 5.24 still accepts the old name, and a hook receives the name that the caller has used."""
+    model, ids = build(), torch.tensor([[5, 9, 12]])
+    with torch.no_grad():
+        cache = getattr(model(input_ids=ids, use_cache=True), CACHE)
+    positions = GeneratedPositions(first_token=False)
+    assert positions.read(model, (), {"input_ids": ids[:, :1], name: cache}).tolist() == [[True]]
+    assert positions.read(model, (), {"input_ids": ids[:, :1], name: DynamicCache()}).tolist() == [[False]]
 
 
 def test_an_error_in_a_pass_ends_the_control_of_this_pass(value: ValueModel) -> None:
