@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from importlib.metadata import version
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 TRANSFORMERS_4 = version("transformers").startswith("4.")
+# The names of the key-value cache in the arguments and the outputs of a model. transformers 5.24 renamed it to "cache".
+_CACHE_NAMES = ("cache", "past_key_values")
 
 
 def sha256_of_file(path: Path) -> str:
@@ -87,3 +90,46 @@ def rescaled_dare(dare: Callable[..., Any]) -> Callable[..., Any]:
     if tuple(int(part) for part in version("peft").split(".")[:2]) >= (0, 19):
         return dare
     return lambda tensors, weights, density: dare(tensors, weights, density) / density
+
+
+def cache_argument(model: Any) -> str | None:
+    """Return the name of the argument of ``forward`` that receives the key-value cache, or None if there is none.
+
+    Recurrent models such as Mamba have no key-value cache. Since transformers 5.24, their state also has the name
+    ``cache``.
+
+    Args:
+        model: a model of transformers.
+    """
+    parameters = inspect.signature(model.forward).parameters
+    name = next((name for name in _CACHE_NAMES if name in parameters), None)
+    return None if name == "cache" and _is_recurrent(model) else name
+
+
+def _is_recurrent(model: Any) -> bool:
+    if not getattr(model, "_is_stateful", False):
+        return False
+    from transformers import DynamicCache
+
+    # A model with recurrent and attention layers also stores keys and values.
+    layers = DynamicCache(config=model.config.get_text_config(decoder=True)).layers
+    only_recurrent = all(type(layer).__name__ == "LinearAttentionLayer" for layer in layers)
+    return only_recurrent or not model._supports_default_dynamic_cache()
+
+
+def read_cache(source: Any) -> Any:
+    """Return the key-value cache in the arguments or in the output of a forward pass, or None.
+
+    Args:
+        source: the arguments by name, or the output of a model.
+    """
+    # In transformers 5.24, getattr(output, "past_key_values") would print a deprecation warning.
+    values: Mapping[str, Any] = source if type(source) is dict else getattr(source, "__dict__", {})
+    return next((values[name] for name in _CACHE_NAMES if values.get(name) is not None), None)
+
+
+def remove_cache(output: Any) -> None:
+    """Set the key-value cache in the output of a model to None. An output without a cache does not change."""
+    for name in _CACHE_NAMES:
+        if name in getattr(output, "__dict__", {}):
+            setattr(output, name, None)

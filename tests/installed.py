@@ -1,4 +1,4 @@
-"""Marks for tests that need a newer version of a package than the oldest one that kedit-train supports."""
+"""What differs between the installed versions of other packages, for the tests."""
 
 from __future__ import annotations
 
@@ -16,3 +16,7 @@ def older(package: str, needed: str) -> bool:
 def needs(package: str, needed: str) -> pytest.MarkDecorator:
     """Skip a test if the installed version of a package is older than the given one."""
     return pytest.mark.skipif(older(package, needed), reason=f"needs {package} {needed} or later")
+
+
+# The name of the key-value cache in the arguments and the outputs of models.
+CACHE = "past_key_values" if older("transformers", "5.24") else "cache"

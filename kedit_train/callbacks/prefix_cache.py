@@ -36,7 +36,7 @@ class PrefixCache(EditCallback):
     checks that the logits with the cache and the logits without the cache are equal bit for bit.
 
     If all sequences of a batch are stored, the batch skips the frozen layers, and the model output contains no
-    attention keys and values (``past_key_values``). If a sequence is not stored, all layers run for the whole batch.
+    attention keys and values. If a sequence is not stored, all layers run for the whole batch.
 
     Some batches are always computed in full, and a warning names the reason. Possible reasons are packed sequences,
     attention masks that are not [B, S], ``inputs_embeds``, padding without ``labels``, and requests for the hidden

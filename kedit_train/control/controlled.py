@@ -10,12 +10,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from kedit_train.arguments import Rule, at_least, check_arguments, integer_from
+from kedit_train.compatibility import cache_argument
 from kedit_train.control.positions import GeneratedPositions
 from kedit_train.control.sites import HEAD, Layer, Site, causal_model, find_sites, hidden_size
 from kedit_train.control.value import ValueModel, describe_model
 from kedit_train.core.scope.scope import find_layers
 from kedit_train.errors import EditError, reported_by, warn
-from kedit_train.evaluation.asking.logits import accepts_argument
 from kedit_train.functional.gradient_control import ascend
 
 
@@ -86,7 +86,7 @@ def controlled(
 
     Raises:
         EditError: an argument is out of range, a layer has no value function, the hidden size of the model differs from
-            that of ``value``, or the model's ``forward`` has no argument ``past_key_values``.
+            that of ``value``, or the model has no key-value cache.
 
     References:
         "Aligning Large Language Models with Representation Editing: A Control Perspective", arXiv 2406.05954.
@@ -179,10 +179,10 @@ def find_value_sites(model: nn.Module, value: ValueModel, layers: Sequence[Layer
 def _sites(model: nn.Module, value: ValueModel, layers: Sequence[Layer] | None) -> list[Site]:
     """Check the arguments of :func:`controlled`, and return the sites to control."""
     inner = causal_model(model)
-    if not accepts_argument(inner, "past_key_values"):
+    if cache_argument(inner) is None:
         raise EditError(
-            f"{type(inner).__name__}.forward must have the argument past_key_values, which shows whether a pass reads "
-            "a prompt; use a model with the default key-value cache of transformers."
+            f"{type(inner).__name__}.forward must have an argument for a key-value cache, which shows whether a pass "
+            "reads a prompt, but this model has none; use a model with the default key-value cache of transformers."
         )
     sites = find_value_sites(model, value, layers)
     if hidden_size(model) != value.hidden_size:

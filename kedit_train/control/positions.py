@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kedit_train.compatibility import read_cache
 from kedit_train.core.cache.layer_stack import call_arguments
 
 
@@ -40,7 +41,7 @@ class GeneratedPositions:
         tokens = ids if ids is not None else given["inputs_embeds"]
         batch, length = tokens.shape[:2]
         generated = torch.zeros(batch, length, dtype=torch.bool, device=tokens.device)
-        cache = given.get("past_key_values")
+        cache = read_cache(given)
         if cache is not None and int(cache.get_seq_length()) > 0:
             self._ids = None
             if length == 1:

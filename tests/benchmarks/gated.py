@@ -25,6 +25,7 @@ from settings import HELD_OUT, Setting, load, smollm2
 
 from kedit_train import EditDataset, world
 from kedit_train.callbacks import GatedAdapter, StopWhenEdited, TokenLoss, TokenSmoothing, editing
+from kedit_train.compatibility import read_cache
 from kedit_train.edit import scored_prompts
 from kedit_train.evaluation import EvaluationOptions, Report, evaluate
 from kedit_train.functional.key_distance import key_distances
@@ -90,7 +91,7 @@ def differing(model: Any, tokenizer: Any, prompts: Sequence[str]) -> tuple[int, 
     closed = differ = 0
     for start in range(0, len(prompts), 16):
         batch = tokenizer(list(prompts[start : start + 16]), return_tensors="pt", padding=True)
-        logits, cache = (output := model(**batch, use_cache=True)).logits, output.past_key_values
+        logits, cache = (output := model(**batch, use_cache=True)).logits, read_cache(output)
         is_open = cache.layers[-1].keys[:, 0, -1, 0]
         with model.disable_adapter():
             unedited = model(**batch, use_cache=False).logits

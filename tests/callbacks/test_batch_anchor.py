@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from installed import CACHE
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import DynamicCache
@@ -259,8 +260,8 @@ def test_batches_that_cannot_be_anchored_are_errors(make, words, ids):
     model = make()
     with editing(model, [BatchAnchor(), ParameterScope(1)], tokenizer=words) as edit:
         edit.before_step()
-        with pytest.raises(EditError, match="argument past_key_values of type DynamicCache"):
-            model(input_ids=ids, labels=ids, past_key_values=DynamicCache())
+        with pytest.raises(EditError, match=f"argument {CACHE} of type DynamicCache"):
+            model(input_ids=ids, labels=ids, **{CACHE: DynamicCache()})
         with pytest.raises(EditError, match=r"attention_mask of shape \(3, 6\) for 2 examples"):
             model(input_ids=ids, labels=ids, attention_mask=torch.ones(3, 6))
         optimizer = torch.optim.SGD(edit.parameters(), lr=1.0)

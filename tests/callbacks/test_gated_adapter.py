@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from callbacks.gated import TEXTS, adapted, batch_of, compare, edited_world, train
+from installed import CACHE
 from real_models import smollm2
 from torch import Tensor
 
@@ -203,7 +204,7 @@ def test_held_texts_with_an_edited_prompt_are_left_out_or_open_the_gate_where_th
     gate: Any = gated.gate
     with torch.no_grad():
         model.eval()
-        cache = model(**batch_of(tokenizer, texts, "right"), use_cache=True).past_key_values
+        cache = getattr(model(**batch_of(tokenizer, texts, "right"), use_cache=True), CACHE)
     state, length = cache.layers[-1].keys[:, 0, :, 0], len(tokenizer(prompt)["input_ids"])
     assert not state[:3].any()
     assert not (others and state[4].any())

@@ -26,9 +26,8 @@ TESTS = Path(__file__).resolve().parents[1]
 def test_a_killed_and_resumed_run_ends_bit_for_bit_like_an_uninterrupted_one(host: str, tmp_path: Path) -> None:
     uninterrupted = resuming.train(host, tmp_path / "whole")
     script = [sys.executable, "-m", "conformance.resuming", host, str(tmp_path / "killed")]
-    killed = subprocess.run(
-        script, cwd=TESTS, env={**os.environ, "PYTHONPATH": str(TESTS)}, capture_output=True, check=False
-    )
+    environment = {**os.environ, "PYTHONPATH": f"{TESTS.parent}{os.pathsep}{TESTS}"}
+    killed = subprocess.run(script, cwd=TESTS, env=environment, capture_output=True, check=False)
     assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()[-2000:]
     resumed = resuming.train(host, tmp_path / "killed", resume=True)
     different = [

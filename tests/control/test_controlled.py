@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from installed import CACHE
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
+from transformers import AutoModelForCausalLM, DynamicCache, GPT2Config, LlamaConfig, MambaConfig, MambaForCausalLM
 
 from kedit_train.compatibility import TRANSFORMERS_4
 from kedit_train.control import ValueModel, controlled
+from kedit_train.control.positions import GeneratedPositions
 from kedit_train.control.sites import find_sites
 from kedit_train.control.value import describe_model
 from kedit_train.errors import EditError
@@ -180,8 +182,8 @@ def test_the_rest_of_a_prompt_after_a_filled_cache_does_not_change(value: ValueM
 
     def run() -> None:
         with torch.no_grad():
-            cache = model(input_ids=ids[:, :3], use_cache=True).past_key_values
-        generate(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, n=2, past_key_values=cache)
+            cache = getattr(model(input_ids=ids[:, :3], use_cache=True), CACHE)
+        generate(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, n=2, **{CACHE: cache})
 
     plain = recorded(model, [1], run)["1"]
     with controlled(model, value, step_size=50.0, radius=0.3):
@@ -291,6 +293,13 @@ def test_a_value_function_of_another_model_and_something_else_are_refused() -> N
         pass
 
 
+def test_a_model_without_a_key_value_cache_is_refused(value: ValueModel) -> None:
+    model: Any = MambaForCausalLM(MambaConfig(vocab_size=VOCAB, hidden_size=HIDDEN, num_hidden_layers=2, state_size=4))
+    message = "^controlled: MambaForCausalLM.forward must have an argument for a key-value cache, which shows whether"
+    with pytest.raises(EditError, match=message), controlled(model, value, step_size=1):
+        pass
+
+
 def test_a_value_function_of_a_deeper_model_is_named_as_the_cause() -> None:
     deeper = ValueModel(["head", "15"], hidden_size=16)
     message = "^controlled: value was trained on another model: .* for layer 15, but this model has 3 layers; use the "
@@ -312,6 +321,17 @@ def test_two_plain_passes_are_two_prompts(value: ValueModel) -> None:
     assert control.positions == 0
 
 
+@pytest.mark.parametrize("name", ["past_key_values", "cache"])
+def test_both_names_of_the_cache_show_a_generated_position(name: str) -> None:
+    """transformers 5.24 still accepts the old name, and a hook receives the name that the caller has used."""
+    model, ids = build(), torch.tensor([[5, 9, 12]])
+    with torch.no_grad():
+        cache = getattr(model(input_ids=ids, use_cache=True), CACHE)
+    positions = GeneratedPositions(first_token=False)
+    assert positions.read(model, (), {"input_ids": ids[:, :1], name: cache}).tolist() == [[True]]
+    assert positions.read(model, (), {"input_ids": ids[:, :1], name: DynamicCache()}).tolist() == [[False]]
+
+
 def test_an_error_in_a_pass_ends_the_control_of_this_pass(value: ValueModel) -> None:
     model, ids = build(), torch.tensor([[5, 9, 12]])
 
@@ -321,10 +341,10 @@ def test_an_error_in_a_pass_ends_the_control_of_this_pass(value: ValueModel) -> 
     hidden = torch.randn(1, 1, HIDDEN)
     expected = model.lm_head(hidden)
     with torch.no_grad(), controlled(model, value, step_size=50.0, radius=0.3):
-        cache = model(input_ids=ids, use_cache=True).past_key_values
+        cache = getattr(model(input_ids=ids, use_cache=True), CACHE)
         hook = model.model.layers[2].register_forward_hook(fail)
         with pytest.raises(RuntimeError, match="stop"):
-            model(input_ids=ids[:, :1], past_key_values=cache)
+            model(input_ids=ids[:, :1], **{CACHE: cache})
         hook.remove()
         assert torch.equal(model.lm_head(hidden), expected)
 

@@ -298,7 +298,7 @@ def test_nested_and_huge_values_are_refused_in_one_line(tmp_path):
 
 @pytest.mark.parametrize("kills", [20, pytest.param(200, marks=pytest.mark.slow)])
 def test_kills_during_a_save_leave_no_wrong_file(tmp_path, kills):
-    environment = {**os.environ, "PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": f"{TESTS.parent}{os.pathsep}{TESTS}", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-m", "delta.killed_saves", str(tmp_path), str(kills)],
         cwd=TESTS,

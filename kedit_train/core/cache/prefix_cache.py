@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kedit_train.compatibility import remove_cache
 from kedit_train.core.cache.hidden_state_store import HiddenStateStore
 from kedit_train.core.cache.layer_stack import Prefix, PrefixState, call_arguments
 from kedit_train.core.cache.sequence_keys import SequenceBatch, read_sequences
@@ -267,9 +268,9 @@ class FrozenPrefix:
 
     def _leave_backbone(self, module: nn.Module, args: Any, output: Any) -> None:
         self._call = None
-        if self._replaced_forwards and getattr(output, "past_key_values", None) is not None:
+        if self._replaced_forwards:
             # The keys and values of the skipped layers are missing.
-            output.past_key_values = None
+            remove_cache(output)
         while self._replaced_forwards:
             layer, own = self._replaced_forwards.pop()
             layer.__dict__.pop("forward", None)

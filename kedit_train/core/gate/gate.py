@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kedit_train.compatibility import read_cache
 from kedit_train.core.cache.layer_stack import block_input, call_arguments
 from kedit_train.core.gate.adapted_layers import find_adapted_layers
 from kedit_train.core.gate.gate_cache import add_open, open_before
@@ -172,7 +173,7 @@ class Gate:
         tokens = inputs["input_ids"] if "input_ids" in inputs else inputs["inputs_embeds"]
         rows, length = tokens.shape[:2]
         own = self._pass
-        own.before = open_before(inputs.get("past_key_values"), rows, tokens.device)
+        own.before = open_before(inputs, rows, tokens.device)
         own.real = _real_tokens(inputs.get("attention_mask"), rows, length, tokens.device)
         _check_not_packed(inputs, own.real)
         own.open, own.outputs = None, {}
@@ -235,7 +236,7 @@ class Gate:
         if state is None:
             return
         own.opened_rows = state.any(dim=1)
-        cache = getattr(output, "past_key_values", None)
+        cache = read_cache(output)
         parts = output if cache is None and isinstance(output, tuple) else (cache,)
         for part in parts:
             add_open(part, state)

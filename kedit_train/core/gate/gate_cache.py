@@ -7,12 +7,14 @@ same way, so the state of the gate always fits the cached tokens.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
+from kedit_train.compatibility import read_cache
 from kedit_train.errors import EditError
 
 
@@ -20,25 +22,29 @@ class _GateLayer(DynamicLayer):
     """A layer of the cache whose ``keys``, [rows, 1, positions, 1], are True where the gate is open."""
 
 
-def open_before(cache: Any, rows: int, device: torch.device) -> Tensor:
+def open_before(inputs: Mapping[str, Any], rows: int, device: torch.device) -> Tensor:
     """Return the state of the gate at the last cached position of each row.
 
     The result is [rows], bool: True if the gate is open. If nothing is cached, the gate is closed in every row.
 
     Args:
-        cache: the ``past_key_values`` of a forward call, or None.
+        inputs: the arguments of the forward call, by name.
         rows: the number of rows of the batch.
         device: the device of the result.
 
     Raises:
-        EditError: the cache is not a ``Cache`` of transformers, has a fixed size, is offloaded, or contains tokens that
-            the gated model has not read.
+        EditError: the cache is not a ``Cache`` of transformers, contains only recurrent states, has a fixed size, is
+            offloaded, or contains tokens that the gated model has not read.
     """
     closed = torch.zeros(rows, dtype=torch.bool, device=device)
+    cache = read_cache(inputs)
+    if inputs.get("cache_params") is not None or _is_recurrent(cache):
+        raise EditError("a gated model cannot use a cache of recurrent states; pass use_cache=False.")
     if cache is None:
         return closed
+    name = next(name for name, value in inputs.items() if value is cache)
     if not isinstance(cache, Cache):
-        raise EditError(f"past_key_values must be a Cache of transformers, got {type(cache).__name__}.")
+        raise EditError(f"{name} must be a Cache of transformers, got {type(cache).__name__}.")
     if cache.is_compileable:
         raise EditError(
             f"a gated model needs a key-value cache that grows, got {type(cache).__name__}; leave out "
@@ -56,7 +62,7 @@ def open_before(cache: Any, rows: int, device: torch.device) -> Tensor:
     if states is None or read != length:
         unread = length - read if read < length else length
         raise EditError(
-            f"past_key_values contains {unread} tokens that the gated model has not read; pass an empty cache, or the "
+            f"{name} contains {unread} tokens that the gated model has not read; pass an empty cache, or the "
             "cache of an earlier call of this model."
         )
     return states[:, 0, -1, 0].to(device)
@@ -77,6 +83,15 @@ def add_open(cache: Any, is_open: Tensor) -> None:
         cache.layers.append(own)
     state = is_open[:, None, :, None]
     own.update(state, state)
+
+
+def _is_recurrent(cache: Any) -> bool:
+    """Return True if all layers of a cache store recurrent states, as in Mamba.
+
+    Before transformers 5.24, such a cache is passed as ``cache_params``.
+    """
+    layers = cache.layers if isinstance(cache, Cache) else []
+    return bool(layers) and all(type(layer).__name__ == "LinearAttentionLayer" for layer in layers)
 
 
 def _gate_layer(cache: Cache) -> _GateLayer | None:

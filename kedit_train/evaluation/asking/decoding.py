@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from kedit_train.compatibility import cache_argument
 from kedit_train.core.scope.adapters import base_model
 from kedit_train.data.tokenization import Encoded, collate, position_ids
 from kedit_train.evaluation.asking.batching import model_device, uses_prompt_learning
@@ -52,7 +53,7 @@ def new_cache(model: Any) -> DynamicCache | None:
         return None
     cache = DynamicCache(config=base.config.get_text_config(decoder=True))
     plain = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers)
-    return cache if plain and accepts_argument(model, "past_key_values") else None
+    return cache if plain and cache_argument(base) is not None else None
 
 
 def can_pad(model: Any) -> bool:
@@ -78,6 +79,7 @@ class PromptBatch:
         batch = collate(encoded, pad_id=pad_id, padding_side="left")
         device = model_device(model)
         self.model, self.cache = model, new_cache(model)
+        self.cache_argument = cache_argument(base_model(model)) or ""
         self.ids, self.mask = batch["input_ids"].to(device), batch["attention_mask"].to(device)
         self.unread = self.ids.shape[1]
         self.takes_positions = accepts_argument(model, "position_ids") and not uses_prompt_learning(model)
@@ -89,7 +91,7 @@ class PromptBatch:
         inputs: dict[str, Any] = {"input_ids": self.ids[:, -unread:], "attention_mask": self.mask}
         inputs["use_cache"] = self.cache is not None
         if self.cache is not None:
-            inputs["past_key_values"] = self.cache
+            inputs[self.cache_argument] = self.cache
         if self.takes_positions:
             inputs["position_ids"] = position_ids(self.mask)[:, -unread:]
         if self.takes_logits_to_keep:
@@ -126,8 +128,8 @@ class PromptBatch:
             input_ids=padded["input_ids"].to(self.ids.device),
             attention_mask=mask,
             position_ids=position_ids(mask)[:, -width:],
-            past_key_values=cache,
             use_cache=True,
+            **{self.cache_argument: cache},
         ).logits
         return [own[: len(target)].float() for own, target in zip(logits, targets, strict=True)]
 

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from installed import needs
+from installed import CACHE, needs
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
+from transformers import MambaConfig, MambaForCausalLM
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from kedit_train.core.gate.adapted_layers import find_adapted_layers
@@ -106,37 +107,37 @@ def test_with_a_cache_the_state_of_each_row_is_kept(models, first):
     whole, parts, cache = logits(model), [], None
     with torch.no_grad():
         for start, end in ((0, first), *((i, i + 1) for i in range(first, 6))):
-            output = model(input_ids=IDS[:, start:end], past_key_values=cache, use_cache=True)
-            cache = output.past_key_values
+            output = model(input_ids=IDS[:, start:end], **{CACHE: cache}, use_cache=True)
+            cache = getattr(output, CACHE)
             parts.append(output.logits)
     torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=1e-4, atol=1e-5)
     # The same calls of the base model give the same bits in the closed rows.
     cache = None
     with torch.no_grad():
         for part, (start, end) in zip(parts, ((0, first), *((i, i + 1) for i in range(first, 6))), strict=True):
-            output = base(input_ids=IDS[:, start:end], past_key_values=cache, use_cache=True)
-            cache = output.past_key_values
+            output = base(input_ids=IDS[:, start:end], **{CACHE: cache}, use_cache=True)
+            cache = getattr(output, CACHE)
             assert torch.equal(bits(part[1:]), bits(output.logits[1:]))
 
 
 def test_the_state_follows_operations_on_the_cache(models):
     _, model, _ = models
     with torch.no_grad():
-        cache = model(input_ids=IDS[:, :5], use_cache=True).past_key_values
+        cache = getattr(model(input_ids=IDS[:, :5], use_cache=True), CACHE)
         last = model(input_ids=IDS, use_cache=False).logits[:, -1]
         chosen = torch.tensor([2, 0, 0, 1])
         selected = copy.deepcopy(cache)
         selected.batch_select_indices(chosen)
-        got = model(input_ids=IDS[chosen, 5:], past_key_values=selected, use_cache=True).logits[:, -1]
+        got = model(input_ids=IDS[chosen, 5:], **{CACHE: selected}, use_cache=True).logits[:, -1]
         torch.testing.assert_close(got, last[chosen], rtol=1e-4, atol=1e-5)
         reordered = copy.deepcopy(cache)
         reordered.reorder_cache(torch.tensor([2, 1, 0]))
-        got = model(input_ids=IDS[[2, 1, 0], 5:], past_key_values=reordered, use_cache=True).logits[:, -1]
+        got = model(input_ids=IDS[[2, 1, 0], 5:], **{CACHE: reordered}, use_cache=True).logits[:, -1]
         torch.testing.assert_close(got, last[[2, 1, 0]], rtol=1e-4, atol=1e-5)
         repeated = copy.deepcopy(cache)
         repeated.batch_repeat_interleave(2)
         twice = IDS.repeat_interleave(2, dim=0)
-        got = model(input_ids=twice[:, 5:], past_key_values=repeated, use_cache=True).logits[:, -1]
+        got = model(input_ids=twice[:, 5:], **{CACHE: repeated}, use_cache=True).logits[:, -1]
         torch.testing.assert_close(got, last.repeat_interleave(2, dim=0), rtol=1e-4, atol=1e-5)
 
 
@@ -162,7 +163,7 @@ def test_a_padding_position_never_opens_the_gate(models):
     gate.radii = torch.tensor([1e9])  # Every position matches.
     mask = torch.tensor([[0, 0, 0, 1, 1, 1]]).expand(3, 6)
     with torch.no_grad():
-        cache = model(input_ids=IDS, attention_mask=mask, use_cache=True).past_key_values
+        cache = getattr(model(input_ids=IDS, attention_mask=mask, use_cache=True), CACHE)
     assert cache.layers[-1].keys[:, 0, :, 0].tolist() == [[False] * 3 + [True] * 3] * 3
 
 
@@ -214,12 +215,12 @@ def test_a_removed_token_that_opened_the_gate_closes_it_again(models):
     base, model, _ = models
     other = torch.tensor([[19, 23]])
     with torch.no_grad():
-        caches = [one(input_ids=IDS[:1, : CUT + 1], use_cache=True).past_key_values for one in (model, base)]
+        caches = [getattr(one(input_ids=IDS[:1, : CUT + 1], use_cache=True), CACHE) for one in (model, base)]
         assert caches[0].layers[-1].keys.flatten().tolist() == [False] * CUT + [True]
         for cache in caches:
             cache.crop(-1)
         own, before = (
-            one(input_ids=other, past_key_values=cache, use_cache=True).logits
+            one(input_ids=other, **{CACHE: cache}, use_cache=True).logits
             for one, cache in zip((model, base), caches, strict=True)
         )
     assert torch.equal(bits(own), bits(before))
@@ -231,11 +232,27 @@ def test_a_cache_of_a_fixed_size_is_refused(models):
         model.generate(input_ids=IDS, max_new_tokens=2, cache_implementation="static", pad_token_id=0)
 
 
-@needs("transformers", "5.0")  # the offloaded cache of transformers 4 needs a GPU
 def test_an_offloaded_cache_is_refused(models):
     _, model, _ = models
+    cache = DynamicCache()
+    # DynamicCache(offloading=True) needs a GPU in some versions of transformers and torch.
+    cache.offloading = True
     with pytest.raises(EditError, match=r"cannot use an offloaded key-value cache; leave out cache_implementation=\."):
-        logits(model, past_key_values=DynamicCache(offloading=True), use_cache=True)
+        logits(model, **{CACHE: cache}, use_cache=True)
+
+
+def test_a_cache_of_recurrent_states_is_refused():
+    config = MambaConfig(vocab_size=61, hidden_size=16, num_hidden_layers=3, state_size=4, eos_token_id=None)
+    base = MambaForCausalLM(config).eval()
+    model = adapted(copy.deepcopy(base), ["in_proj"], layers_pattern="layers")
+    with torch.no_grad():
+        key = base.backbone.layers[0](base.backbone.embeddings(IDS[:1]))[:, CUT]
+    Gate(key, torch.tensor([1e-3]), LAYER).install(model)
+    options: Any = {"input_ids": IDS, "max_new_tokens": 2, "pad_token_id": 0}
+    with pytest.raises(EditError, match=r"^a gated model cannot use a cache of recurrent states; pass use_cache=False"):
+        model.generate(**options)
+    assert model.generate(**options, use_cache=False).shape == (3, 8)
+    assert find_gate(model).opened_rows.tolist() == [True, False, False]
 
 
 def test_a_copied_and_a_pickled_model_have_their_own_gate(models):
@@ -305,12 +322,12 @@ def test_what_a_gate_cannot_read_is_refused(models):
     refused(model, "cannot read packed sequences; turn packing and padding_free off", position_ids=packed)
     refused(model, "needs attention_mask [rows, positions], got [3, 1, 6, 6]", attention_mask=torch.ones(3, 1, 6, 6))
     with torch.no_grad():
-        cache = base(input_ids=IDS, use_cache=True).past_key_values
-    refused(model, "contains 6 tokens that the gated model has not read", past_key_values=cache, use_cache=True)
+        cache = getattr(base(input_ids=IDS, use_cache=True), CACHE)
+    refused(model, f"{CACHE} contains 6 tokens that the gated model has not read", **{CACHE: cache}, use_cache=True)
     with torch.no_grad():
-        cache = model(input_ids=IDS[:, :2], use_cache=True).past_key_values
-        base(input_ids=IDS[:, 2:], past_key_values=cache, use_cache=True)
-    refused(model, "contains 4 tokens that the gated model has not read", past_key_values=cache, use_cache=True)
+        cache = getattr(model(input_ids=IDS[:, :2], use_cache=True), CACHE)
+        base(input_ids=IDS[:, 2:], **{CACHE: cache}, use_cache=True)
+    refused(model, f"{CACHE} contains 4 tokens that the gated model has not read", **{CACHE: cache}, use_cache=True)
     # The error leaves no state behind.
     assert torch.equal(bits(logits(model)[1:]), bits(logits(base)[1:]))
     for layer in find_adapted_layers(model).layers:
