@@ -78,7 +78,7 @@ def record(which: str, found: dict[str, int], versions: dict[str, str]) -> None:
     begin, end = f"<!-- {which}: written by .ci/versions.py -->", f"<!-- {which}: end -->"
     text = PAGE.read_text(encoding="utf-8")
     pattern = f"{re.escape(begin)}.*?{re.escape(end)}"
-    PAGE.write_text(re.sub(pattern, f"{begin}\n{section}{end}", text, flags=re.DOTALL), encoding="utf-8")
+    PAGE.write_text(re.sub(pattern, f"{begin}\n{section}\n{end}", text, flags=re.DOTALL), encoding="utf-8")
 
 
 def main() -> int:
