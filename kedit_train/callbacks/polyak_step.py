@@ -189,9 +189,9 @@ class PolyakStep(EditCallback):
         self._since += 1
         if self._since == _STALLED:
             warn(
-                f"the average training loss has not fallen in the last {_STALLED} steps (now {loss:.3g}), but every "
-                "step still moves the weights; an edit may be impossible to learn in this scope. Find this edit with "
-                "EditMetrics(every_n_steps=) and remove or reword it, or stop the training here."
+                f"the average training loss has not fallen by 1 % in the last {_STALLED} steps (now {loss:.3g}), but "
+                "every step still moves the weights; an edit may be impossible to learn in this scope. Find this edit "
+                "with EditMetrics(every_n_steps=) and remove or reword it, or stop the training here."
             )
 
     def state(self) -> dict[str, Any]:

@@ -54,10 +54,11 @@ def callback_arguments(callbacks: Iterable[Any]) -> dict[str, dict[str, Any]]:
 
 def plain(value: Any) -> Any:
     """Convert a value to a value that JSON can store. :func:`callback_arguments` lists the rules."""
+    # np.float64 is also a float.
+    if isinstance(value, np.generic):
+        return plain(value.item())
     if value is None or isinstance(value, bool | int | float | str):
         return value
-    if isinstance(value, np.generic):
-        return value.item()
     if isinstance(value, Path | torch.dtype | torch.device):
         return str(value)
     is_list = isinstance(value, Sequence | Set)

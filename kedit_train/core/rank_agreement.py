@@ -83,9 +83,10 @@ def _compare_callback(name: str, number: int, first: dict[str, Any] | None, othe
     if first is None or other is None:
         # A callback that only prints or writes may be used in a single process.
         if (first or other or {})["trains"]:
+            uses, lacks = (number, 0) if first is None else (0, number)
             raise EditError(
-                f"every process must use the same callbacks, but only process {number if first is None else 0} uses "
-                "this callback; pass the same callbacks in every process.",
+                f"every process must use the same callbacks, but process {uses} uses this callback and process {lacks} "
+                "does not; pass the same callbacks in every process.",
                 component=component,
             )
         return

@@ -151,9 +151,8 @@ def _check_meta(meta: Mapping[str, Any]) -> None:
         )
     if not is_valid(meta.get("edits", {})):
         raise EditError(
-            'the metadata field "edits" must have a hash (a string or None) and a count (an integer >= 0), and each '
-            f'item of the optional list "parents" must have both too, got {meta.get("edits", {})!r:.100}; save the '
-            "delta again"
+            'in the metadata field "edits" and in each item of its list "parents", the hash must be a string or None '
+            f"and the count must be an integer >= 0, got {meta.get('edits', {})!r:.100}; save the delta again"
         )
     if not all(type(value) in (int, float) and math.isfinite(value) for value in scores.values()):
         raise EditError(

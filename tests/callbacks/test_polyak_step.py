@@ -319,6 +319,6 @@ def test_a_loss_that_does_not_fall_is_reported_once():
                 optimizer.step()
                 optimizer.zero_grad()
     assert float(loss.detach()) > 0.69 / 2
-    stalled = [str(one.message) for one in caught if "has not fallen in the last 20 steps" in str(one.message)]
+    stalled = [str(one.message) for one in caught if "has not fallen by 1 % in the last 20 steps" in str(one.message)]
     assert stalled
     assert stalled[0].startswith("PolyakStep: the average training loss")

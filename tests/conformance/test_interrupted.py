@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 from conformance.hosts import HOSTS, adamw, collator
-from transformers import TrainerCallback
+from torch.utils.data import IterableDataset
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from kedit_train import EditDelta, world
 from kedit_train.callbacks import KLLocality, NormBall, ParameterScope, SaveDelta, TokenLoss, editing
@@ -93,6 +94,46 @@ def test_a_trainer_that_is_resumed_at_its_last_step_in_an_epoch_takes_no_step(tm
     assert trainer.state.global_step == 2
     assert_same_bits(weights(model), weights(again))
     assert_clean(again)
+
+
+class Streamed(IterableDataset):
+    """Examples without end and without a length."""
+
+    def __iter__(self) -> Any:
+        _, tokenizer = world.load()
+        while True:
+            yield from EditDataset(world.edits(n=12)).encode(tokenizer)
+
+
+class Epochs(TrainerCallback):
+    """Raise an error if a run begins many epochs, because it would never end."""
+
+    def __init__(self) -> None:
+        self.begun = 0
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.begun += 1
+        assert self.begun < 5
+
+
+def test_a_streaming_data_set_is_trained_and_a_run_that_is_resumed_at_its_last_step_ends(tmp_path: Path) -> None:
+    def train_streamed(**options: Any) -> tuple[Any, Trainer]:
+        model, tokenizer = world.load()
+        args = TrainingArguments(
+            str(tmp_path), max_steps=2, save_steps=2, gradient_accumulation_steps=2, per_device_train_batch_size=2,
+            report_to=[], use_cpu=True, disable_tqdm=True, remove_unused_columns=False, learning_rate=1e-3,
+        )  # fmt: skip
+        used: list[Any] = [ParameterScope(layers=-1), TokenLoss(), Epochs()]
+        trainer = Trainer(model, args, collator(tokenizer), Streamed(), callbacks=used)
+        trainer.train(**options)
+        return model, trainer
+
+    model, _ = train_streamed()
+    name = "model.layers.5.mlp.down_proj.weight"
+    assert not torch.equal(weights(model)[name], weights(world.load()[0])[name])
+    again, trainer = train_streamed(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 2
+    assert_same_bits(weights(model), weights(again))
 
 
 def test_resuming_a_loop_from_its_last_checkpoint_ends_the_edit(tmp_path: Path) -> None:

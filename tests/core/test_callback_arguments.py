@@ -50,6 +50,7 @@ def test_values_are_those_that_were_given() -> None:
     [
         (Path("a") / "b", str(Path("a") / "b")),
         (np.float32(0.5), 0.5),
+        (np.float64(0.5), 0.5),
         ([np.int64(2)], [2]),
         (torch.bfloat16, "torch.bfloat16"),
         (list(EDITS), {"name": "edits", "hash": EDITS.hash, "edits": 4}),
@@ -63,3 +64,4 @@ def test_values_are_those_that_were_given() -> None:
 )
 def test_other_values_are_described(value: Any, expected: Any) -> None:
     assert plain(value) == expected
+    assert type(plain(value)) is type(expected)

@@ -60,7 +60,7 @@ def test_another_argument_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_missing_callback_is_an_error_if_it_changes_the_training(monkeypatch: pytest.MonkeyPatch) -> None:
     Other(monkeypatch, lambda other: other["callbacks"].pop("NormBall.0"))
-    with pytest.raises(EditError, match=r"^NormBall: every process must use the same callbacks, but only process 0"):
+    with pytest.raises(EditError, match=r"^NormBall: every process must use the same callbacks, but process 0 uses"):
         train(callbacks())
     Other(monkeypatch, lambda other: other["callbacks"].pop("EditCallback.0"))
     train([ParameterScope(modules="1"), EditCallback()])

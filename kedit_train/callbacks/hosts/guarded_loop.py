@@ -95,8 +95,11 @@ class GuardedLoop(_Guard):
         return not state.max_steps or state.global_step < state.max_steps
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> Any:
+        trainer = self._trainer
         if self._has_steps_left():
-            return getattr(type(self._trainer), _EPOCH)(self._trainer, *args, **kwargs)
+            return getattr(type(trainer), _EPOCH)(trainer, *args, **kwargs)
+        # With a streaming data set, the trainer would otherwise begin epochs without end.
+        trainer.control.should_training_stop = True
 
     def _get_batches(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
         if self._has_steps_left():

@@ -204,9 +204,14 @@ class TransformersHost(Host):
 
     @property
     def epoch_steps(self) -> int | None:
-        if not hasattr(self.train_dataloader, "__len__"):
+        batches = self._batches()
+        return None if batches is None else math.ceil(batches / self.args.gradient_accumulation_steps)
+
+    def _batches(self) -> int | None:
+        try:
+            return len(self.train_dataloader)
+        except TypeError:  # A streaming data set has no length.
             return None
-        return math.ceil(len(self.train_dataloader) / self.args.gradient_accumulation_steps)
 
     def tokenizer(self) -> Any | None:
         # A processor of a vision-language model contains a tokenizer.
@@ -216,8 +221,8 @@ class TransformersHost(Host):
         # The trainer divides each loss by the token count of the whole step. It then adds up the losses of all
         # micro-batches and processes.
         micro_batches = self.args.gradient_accumulation_steps
-        if hasattr(self.train_dataloader, "__len__"):
-            batches = len(self.train_dataloader)
+        batches = self._batches()
+        if batches is not None:
             done = self.state.global_step % math.ceil(batches / micro_batches) * micro_batches
             micro_batches = min(micro_batches, batches - done)
         return micro_batches * (self.args.world_size if self.args.average_tokens_across_devices else 1)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache
 
 from kedit_train.compatibility import read_cache
 from kedit_train.errors import EditError
@@ -37,14 +37,18 @@ def open_before(inputs: Mapping[str, Any], rows: int, device: torch.device) -> T
             offloaded, or contains tokens that the gated model has not read.
     """
     closed = torch.zeros(rows, dtype=torch.bool, device=device)
-    cache = read_cache(inputs)
+    given = read_cache(inputs)
+    cache = _of_self_attention(given)
     if inputs.get("cache_params") is not None or _is_recurrent(cache):
         raise EditError("a gated model cannot use a cache of recurrent states; pass use_cache=False.")
     if cache is None:
         return closed
-    name = next(name for name, value in inputs.items() if value is cache)
+    name = next(name for name, value in inputs.items() if value is given)
     if not isinstance(cache, Cache):
-        raise EditError(f"{name} must be a Cache of transformers, got {type(cache).__name__}.")
+        raise EditError(
+            f"a gated model needs a key-value cache of the class Cache, got {type(cache).__name__} as {name}; pass "
+            "use_cache=False."
+        )
     if cache.is_compileable:
         raise EditError(
             f"a gated model needs a key-value cache that grows, got {type(cache).__name__}; leave out "
@@ -75,6 +79,7 @@ def add_open(cache: Any, is_open: Tensor) -> None:
         cache: the cache after the forward call. If it is not a ``Cache``, nothing is appended.
         is_open: the state of the gate at each new position, [rows, positions], bool. True means open.
     """
+    cache = _of_self_attention(cache)
     if not isinstance(cache, Cache):
         return
     own = _gate_layer(cache)
@@ -83,6 +88,11 @@ def add_open(cache: Any, is_open: Tensor) -> None:
         cache.layers.append(own)
     state = is_open[:, None, :, None]
     own.update(state, state)
+
+
+def _of_self_attention(cache: Any) -> Any:
+    # In transformers 4, GPTBigCode uses such a pair of caches, although it has no encoder.
+    return cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
 
 
 def _is_recurrent(cache: Any) -> bool:
