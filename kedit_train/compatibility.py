@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from importlib.metadata import version
@@ -113,8 +113,12 @@ def _is_recurrent(model: Any) -> bool:
 
     # A model with recurrent and attention layers also stores keys and values.
     layers = DynamicCache(config=model.config.get_text_config(decoder=True)).layers
-    only_recurrent = all(type(layer).__name__ == "LinearAttentionLayer" for layer in layers)
-    return only_recurrent or not model._supports_default_dynamic_cache()
+    return are_recurrent(layers) or not model._supports_default_dynamic_cache()
+
+
+def are_recurrent(layers: Sequence[Any]) -> bool:
+    """Return True if all layers of a cache store recurrent states, as in Mamba. For no layers, return True."""
+    return all(type(layer).__name__ == "LinearAttentionLayer" for layer in layers)
 
 
 def read_cache(source: Any) -> Any:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from conformance.hosts import ARGUMENTS
 from vision_models import (
     IMAGES,
     PICTURE,
@@ -87,19 +88,12 @@ def test_only_the_scope_moves_in_a_loop(model, processor, edits, name):
 
 
 def trainer_arguments(folder: Path) -> dict[str, Any]:
-    return {
+    return ARGUMENTS | {
         "output_dir": str(folder),
         "max_steps": 3,
         "per_device_train_batch_size": 2,
         "gradient_accumulation_steps": 2,
         "learning_rate": 1e-2,
-        "lr_scheduler_type": "constant",
-        "report_to": [],
-        "use_cpu": True,
-        "bf16": False,
-        "save_strategy": "no",
-        "logging_steps": 1,
-        "disable_tqdm": True,
         "remove_unused_columns": False,
     }
 

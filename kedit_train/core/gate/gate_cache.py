@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache
 
-from kedit_train.compatibility import read_cache
+from kedit_train.compatibility import are_recurrent, read_cache
 from kedit_train.errors import EditError
 
 
@@ -101,7 +101,7 @@ def _is_recurrent(cache: Any) -> bool:
     Before transformers 5.24, such a cache is passed as ``cache_params``.
     """
     layers = cache.layers if isinstance(cache, Cache) else []
-    return bool(layers) and all(type(layer).__name__ == "LinearAttentionLayer" for layer in layers)
+    return bool(layers) and are_recurrent(layers)
 
 
 def _gate_layer(cache: Cache) -> _GateLayer | None:
