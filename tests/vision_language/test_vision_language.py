@@ -23,12 +23,11 @@ from vision_models import (
     VISION,
     batch_of,
     build_model,
-    build_processor,
     scope,
     train,
 )
 
-from kedit_train import EditError, world
+from kedit_train import EditError
 from kedit_train.callbacks import (
     BatchAnchor,
     KLLocality,
@@ -39,23 +38,7 @@ from kedit_train.callbacks import (
     editing,
 )
 from kedit_train.core.scope.scope import find_layers, resolve_scope
-from kedit_train.data import EditDataset
 from kedit_train.functional import overtone
-
-
-@pytest.fixture(scope="module")
-def processor() -> Any:
-    return build_processor()
-
-
-@pytest.fixture
-def model(processor: Any) -> Any:
-    return build_model(processor.tokenizer)
-
-
-@pytest.fixture(scope="module")
-def edits() -> EditDataset:
-    return EditDataset(world.edits(n=4))
 
 
 def gradients(model: Any, loss: Tensor) -> dict[str, Tensor]:

@@ -18,14 +18,13 @@ from vision_models import (
     batch_of,
     bits,
     build_model,
-    build_processor,
     changed,
     picture,
     scope,
     train,
 )
 
-from kedit_train import EditDelta, EditError, load_model, world
+from kedit_train import EditDelta, EditError, load_model
 from kedit_train.callbacks import (
     ActiveSet,
     BatchAnchor,
@@ -46,24 +45,7 @@ from kedit_train.callbacks import (
     TokenSmoothing,
     WeightAnchor,
 )
-from kedit_train.data import EditDataset
 from kedit_train.evaluation import EvaluationOptions, generate_answers
-
-
-@pytest.fixture(scope="module")
-def processor() -> Any:
-    return build_processor()
-
-
-@pytest.fixture
-def model(processor: Any) -> Any:
-    return build_model(processor.tokenizer)
-
-
-@pytest.fixture(scope="module")
-def edits() -> EditDataset:
-    return EditDataset(world.edits(n=4))
-
 
 # -- hosts
 
