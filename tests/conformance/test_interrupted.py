@@ -4,33 +4,21 @@ from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conformance.hosts import HOSTS, adamw, collator
-from torch.utils.data import IterableDataset
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from conformance.hosts import HOSTS, adamw
+from conformance.interrupted_runs import assert_clean, assert_same_bits, callbacks, loop, train, weights
+from transformers import TrainerCallback
 
-from kedit_train import EditDelta, world
-from kedit_train.callbacks import KLLocality, NormBall, ParameterScope, SaveDelta, TokenLoss, editing
+from kedit_train import world
+from kedit_train.callbacks import NormBall, ParameterScope, editing
 from kedit_train.core.state_file import FILE, load_state
 from kedit_train.data import EditDataset
 from kedit_train.errors import EditError
 from kedit_train.owners import claim, release
-
-TEXTS = ["The baker kept a coin in the old mill.", "The fox kept a rope in the old mill."]
-
-
-def callbacks(layers: str = "2-3") -> list[Any]:
-    return [
-        ParameterScope(layers=layers, modules="mlp.down_proj"),
-        TokenLoss(),
-        KLLocality(texts=TEXTS, batch_size=2),
-        NormBall(1e-2),
-    ]
 
 
 class Stop(TrainerCallback):
@@ -42,118 +30,6 @@ class Stop(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == self.at:
             raise self.error("stopped")
-
-
-def train(model: Any, folder: Path, used: list[Any], host: str = "Trainer", steps: int = 6, **options: Any) -> Any:
-    torch.manual_seed(0)
-    tokenizer = world.load()[1]
-    saving = {"output_dir": str(folder), "save_strategy": "steps", "save_steps": 2}
-    return HOSTS[host](model, tokenizer, EditDataset(world.edits(n=12)), used, steps, **(saving | options))
-
-
-def weights(model: Any) -> dict[str, torch.Tensor]:
-    return {name: p.detach().clone() for name, p in model.named_parameters()}
-
-
-def assert_same_bits(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
-    assert [n for n in first if not torch.equal(first[n].view(torch.int32), second[n].view(torch.int32))] == []
-
-
-def assert_clean(model: Any) -> None:
-    assert all(p.requires_grad for p in model.parameters())
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
-    assert "_kedit_run" not in model.__dict__
-
-
-@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
-def test_resuming_lightning_from_the_last_checkpoint_ends_the_edit(tmp_path: Path) -> None:
-    def fit(**options: Any) -> Any:
-        model, tokenizer = world.load()
-        torch.manual_seed(0)
-        used, edits = [*callbacks(), SaveDelta(str(tmp_path / "edit.safetensors"))], EditDataset(world.edits(n=8))
-        trainer = HOSTS["Lightning"](model, tokenizer, edits, used, 2, batch_size=8, **options)
-        return model, trainer
-
-    model, trainer = fit()
-    trainer.save_checkpoint(tmp_path / "end.ckpt")
-    (tmp_path / "edit.safetensors").rename(tmp_path / "whole.safetensors")
-    # Lightning takes no step and does not say that training has ended.
-    again, _ = fit(ckpt_path=str(tmp_path / "end.ckpt"))
-    assert_same_bits(weights(model), weights(again))
-    assert_clean(again)
-    whole, resumed = (EditDelta.load(tmp_path / f"{name}.safetensors") for name in ("whole", "edit"))
-    assert resumed.meta == whole.meta
-    assert all(torch.equal(resumed.changes[name].after, change.after) for name, change in whole.changes.items())
-
-
-def test_a_trainer_that_is_resumed_at_its_last_step_in_an_epoch_takes_no_step(tmp_path: Path) -> None:
-    model, again = world.load()[0], world.load()[0]
-    # An epoch has three steps. The stock trainer would take the third one.
-    train(model, tmp_path, callbacks(), steps=2)
-    trainer = train(again, tmp_path, callbacks(), steps=2, resume=True)
-    assert trainer.state.global_step == 2
-    assert_same_bits(weights(model), weights(again))
-    assert_clean(again)
-
-
-class Streamed(IterableDataset):
-    """Examples without end and without a length."""
-
-    def __iter__(self) -> Any:
-        _, tokenizer = world.load()
-        while True:
-            yield from EditDataset(world.edits(n=12)).encode(tokenizer)
-
-
-class Epochs(TrainerCallback):
-    """Raise an error if a run begins many epochs, because it would never end."""
-
-    def __init__(self) -> None:
-        self.begun = 0
-
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.begun += 1
-        assert self.begun < 5
-
-
-def test_a_streaming_data_set_is_trained_and_a_run_that_is_resumed_at_its_last_step_ends(tmp_path: Path) -> None:
-    def train_streamed(**options: Any) -> tuple[Any, Trainer]:
-        model, tokenizer = world.load()
-        args = TrainingArguments(
-            str(tmp_path), max_steps=2, save_steps=2, gradient_accumulation_steps=2, per_device_train_batch_size=2,
-            report_to=[], use_cpu=True, disable_tqdm=True, remove_unused_columns=False, learning_rate=1e-3,
-        )  # fmt: skip
-        used: list[Any] = [ParameterScope(layers=-1), TokenLoss(), Epochs()]
-        trainer = Trainer(model, args, collator(tokenizer), Streamed(), callbacks=used)
-        trainer.train(**options)
-        return model, trainer
-
-    model, _ = train_streamed()
-    name = "model.layers.5.mlp.down_proj.weight"
-    assert not torch.equal(weights(model)[name], weights(world.load()[0])[name])
-    again, trainer = train_streamed(resume_from_checkpoint=True)
-    assert trainer.state.global_step == 2
-    assert_same_bits(weights(model), weights(again))
-
-
-def test_resuming_a_loop_from_its_last_checkpoint_ends_the_edit(tmp_path: Path) -> None:
-    model, again = world.load()[0], world.load()[0]
-    state = loop(model, range(2))
-    loop(again, range(2, 2), state, [SaveDelta(str(tmp_path / "edit.safetensors"))])
-    assert_same_bits(weights(model), weights(again))
-    assert_clean(again)
-    assert EditDelta.load(tmp_path / "edit.safetensors").meta["configuration"]["step"] == 2
-
-
-@pytest.mark.slow
-def test_resuming_from_the_last_checkpoint_ends_the_edit(tmp_path: Path) -> None:
-    model = world.load()[0]
-    train(model, tmp_path, callbacks())
-    again, delta = world.load()[0], tmp_path / "edit.safetensors"
-    train(again, tmp_path, [*callbacks(), SaveDelta(str(delta))], resume=True)
-    assert_same_bits(weights(model), weights(again))
-    assert_clean(again)
-    assert delta.exists()
 
 
 @pytest.mark.parametrize("limit", [pytest.param(None, marks=pytest.mark.slow), 1])
@@ -288,26 +164,6 @@ def test_averaging_the_weights_is_refused_in_lightning() -> None:
         HOSTS["Lightning"](
             model, tokenizer, EditDataset(world.edits(n=8)), [*callbacks(), StochasticWeightAveraging(1e-3)], 2
         )
-
-
-def loop(model: Any, steps: range, state: dict[str, Any] | None = None, more: Sequence[Any] = ()) -> dict[str, Any]:
-    """Train in a plain loop and return a checkpoint, which is empty if there was no step."""
-    tokenizer = world.load()[1]
-    rows, put = EditDataset(world.edits(n=12)).encode(tokenizer), collator(tokenizer)
-    with editing(model, [*callbacks(), *more], tokenizer=tokenizer) as edit:
-        optimizer = adamw(edit.parameters())
-        if state is not None:
-            model.load_state_dict(state["model"])
-            optimizer.load_state_dict(state["optimizer"])
-            edit.load_state_dict(state["edit"])
-        for number in steps:
-            edit.before_step()
-            model(**put(rows[2 * number : 2 * number + 2])).loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        if not steps:
-            return {}
-        return {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "edit": edit.state_dict()}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -2,61 +2,21 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from control.small_models import HIDDEN, PROMPTS, batch, build
 from installed import CACHE
 from torch import Tensor
-from transformers import AutoModelForCausalLM, DynamicCache, GPT2Config, LlamaConfig, MambaConfig, MambaForCausalLM
+from transformers import DynamicCache
 
 from kedit_train.compatibility import TRANSFORMERS_4
 from kedit_train.control import ValueModel, controlled
 from kedit_train.control.positions import GeneratedPositions
 from kedit_train.control.sites import find_sites
-from kedit_train.control.value import describe_model
-from kedit_train.errors import EditError
-
-VOCAB, HIDDEN = 61, 16
-PROMPTS = [[5, 9, 12, 7, 30], [8, 3, 44]]
-
-
-def build(family: str = "llama", dtype: torch.dtype = torch.float32) -> Any:
-    shape = {"vocab_size": VOCAB, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}
-    config = (
-        LlamaConfig(
-            **shape, hidden_size=HIDDEN, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2,
-            max_position_embeddings=64,
-        )
-        if family == "llama"
-        else GPT2Config(**shape, n_embd=HIDDEN, n_layer=3, n_head=2, n_positions=64)
-    )  # fmt: skip
-    torch.manual_seed(1)
-    model: Any = AutoModelForCausalLM.from_config(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.copy_(torch.randn_like(parameter) * 0.3)
-    return model.to(dtype)
-
-
-@pytest.fixture
-def value() -> ValueModel:
-    torch.manual_seed(2)
-    return ValueModel(["head", "1"], hidden_size=HIDDEN, width=8)
-
-
-def batch(side: str, prompts: list[list[int]] = PROMPTS) -> dict[str, Tensor]:
-    longest = max(map(len, prompts))
-    ids, mask = torch.zeros(len(prompts), longest, dtype=torch.long), torch.zeros(len(prompts), longest).long()
-    for i, prompt in enumerate(prompts):
-        span = slice(longest - len(prompt), None) if side == "left" else slice(0, len(prompt))
-        ids[i, span], mask[i, span] = torch.tensor(prompt), 1
-    return {"input_ids": ids, "attention_mask": mask}
 
 
 def generate(model: Any, inputs: dict[str, Tensor], n: int = 6, **options: Any) -> Any:
@@ -260,59 +220,6 @@ def test_a_peft_model_is_controlled_as_its_base_model(value: ValueModel) -> None
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"step_size": -1}, "controlled: step_size must be >= 0, got -1."),
-        ({"step_size": 1, "steps": 1.5}, "controlled: steps must be an integer >= 0, got 1.5."),
-        ({"step_size": 1, "radius": float("nan")}, "controlled: radius must be >= 0, got nan."),
-        ({"step_size": 1, "layers": [0]}, "controlled: layers must be layers of the value function (head, 1), got 0"),
-        ({"step_size": 1, "layers": [3]}, 'controlled: layers must contain "head" or indices from -3 to 2, got 3.'),
-        (
-            {"step_size": 1, "layers": "head"},
-            "layers must be a non-empty list, got 'head'; pass a list, for example",
-        ),
-        ({"step_size": 1, "layers": [1, -2]}, "controlled: layers must be different from each other, got [1, -2]."),
-        ({"step_size": 1, "first_token": 1}, "controlled: first_token must be True or False, got 1."),
-    ],
-)
-def test_a_bad_argument_is_an_error_in_one_line(options: dict[str, Any], message: str, value: ValueModel) -> None:
-    with pytest.raises(EditError) as error, controlled(build(), value, **options):
-        pass
-    assert message in str(error.value)
-    assert "\n" not in str(error.value)
-    assert len(str(error.value)) <= 250
-
-
-def test_a_value_function_of_another_model_and_something_else_are_refused() -> None:
-    other = ValueModel(["head"], hidden_size=4)
-    with pytest.raises(EditError, match="hidden states of size 16, got 4"), controlled(build(), other, step_size=1):
-        pass
-    wrong: Any = torch.nn.Linear(2, 2)
-    with pytest.raises(EditError, match="value must be a ValueModel"), controlled(build(), wrong, step_size=1):
-        pass
-
-
-def test_a_model_without_a_key_value_cache_is_refused(value: ValueModel) -> None:
-    model: Any = MambaForCausalLM(MambaConfig(vocab_size=VOCAB, hidden_size=HIDDEN, num_hidden_layers=2, state_size=4))
-    message = "^controlled: MambaForCausalLM.forward must have an argument for a key-value cache, which shows whether"
-    with pytest.raises(EditError, match=message), controlled(model, value, step_size=1):
-        pass
-
-
-def test_a_value_function_of_a_deeper_model_is_named_as_the_cause() -> None:
-    deeper = ValueModel(["head", "15"], hidden_size=16)
-    message = "^controlled: value was trained on another model: .* for layer 15, but this model has 3 layers; use the "
-    with pytest.raises(EditError, match=message), controlled(build(), deeper, step_size=1):
-        pass
-
-
-@pytest.mark.parametrize("layers", [[], "head", ["a.b"], ["head", "head"], ["-1"], None, 2])
-def test_the_layers_of_a_value_function_are_checked(layers: Any) -> None:
-    with pytest.raises(EditError, match=r"^ValueModel: layers must be a list of different layers, each .head. or the "):
-        ValueModel(layers, hidden_size=4)
-
-
 def test_two_plain_passes_are_two_prompts(value: ValueModel) -> None:
     model, ids = build(), torch.tensor([[5, 9, 12, 7, 30, 2]])
     with torch.no_grad(), controlled(model, value, step_size=50.0, radius=0.3) as control:
@@ -347,21 +254,3 @@ def test_an_error_in_a_pass_ends_the_control_of_this_pass(value: ValueModel) -> 
             model(input_ids=ids[:, :1], **{CACHE: cache})
         hook.remove()
         assert torch.equal(model.lm_head(hidden), expected)
-
-
-def test_a_value_function_of_other_weights_is_a_warning(tmp_path: Path, value: ValueModel) -> None:
-    model = build()
-    value.trained_on = describe_model(model)
-    saved = ValueModel.load(value.save(tmp_path / "value.safetensors"))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        for same in (model, build(dtype=torch.bfloat16)):
-            with controlled(same, saved, step_size=1):
-                pass
-    with torch.no_grad():
-        model.lm_head.weight.mul_(1.5)
-    with (
-        pytest.warns(UserWarning, match="controlled: the value function was trained on another model or on other weig"),
-        controlled(model, saved, step_size=1),
-    ):
-        pass

@@ -1,0 +1,26 @@
+"""A trainer and a data module of responses, for tests."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as L
+
+from kedit_train import world
+from kedit_train.control import (
+    ResponseDataModule,
+    SamplingOptions,
+    ShortAnswer,
+)
+
+PROMPTS = ["The", *(edit.prompt for edit in world.edits(3))]
+SHORT = SamplingOptions(samples=2, max_new_tokens=4)
+
+
+def trainer(**options: Any) -> L.Trainer:
+    quiet = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    return L.Trainer(accelerator="cpu", devices=1, **({"logger": False, "max_epochs": 1} | quiet | options))
+
+
+def data_module(**options: Any) -> ResponseDataModule:
+    return ResponseDataModule(**({"prompts": PROMPTS, "reward": ShortAnswer(8), "sampling": SHORT} | options))
