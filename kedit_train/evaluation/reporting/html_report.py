@@ -137,7 +137,8 @@ def _answer_cells(result: ProbeResult, compared: bool, with_target: bool) -> Ite
     if compared:
         yield Cell(html=_isolated(before) if before else empty)
     shown = after if compared else escape(_cut(result.answer.strip()))
-    yield Cell(html=(_isolated(shown) if shown else empty) + more)
+    # One element, because on a narrow screen the elements of a cell are placed one below the other.
+    yield Cell(html=f"<span>{_isolated(shown) if shown else empty}{more}</span>")
     if with_target:
         yield Cell(html=_isolated(escape(_cut(result.accepted[0]))) if result.accepted else "–", style="dim")
 
