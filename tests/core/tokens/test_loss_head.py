@@ -1,18 +1,16 @@
-"""The loss head against the loss of the model, and a batch against its examples one at a time."""
+"""The loss head against the loss of the model and the formula of each objective, and calls that it refuses."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from core.tokens.loss_heads import TEXTS, assert_same, batch, gradients, loss_head, smoothed
 from torch import Tensor
 from torch.nn import functional as F
 
-from kedit_train.core import EditRun, Host
-from kedit_train.core.tokens.loss_head import LossHead
 from kedit_train.errors import EditError
 from kedit_train.functional import (
     dynamic_cross_entropy,
@@ -24,64 +22,11 @@ from kedit_train.functional import (
 )
 
 FAMILIES = ["llama", "llama-tied", "qwen3", "gpt2", "gemma2", "gemma3", "cohere", "granite", "mixtral", "phi"]
-PAD = 0
-# The padding token is also the end-of-text token: at the end of a text it is supervised, as padding it is not.
-TEXTS = [([5, 7, 11], [13, PAD]), ([2, 4], [8, 16, 32, 60, PAD]), ([9, 8, 7, 6, 5, 4], [3, PAD])]
-
-
-def cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    return F.cross_entropy(logits, labels, reduction="none"), torch.ones_like(labels, dtype=torch.bool)
-
-
-def smoothed(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    return overtone(logits, labels, epsilon=2.0)
-
-
-@contextmanager
-def loss_head(model: Any, objective: Any = cross_entropy, reduction: Any = "token", **options: Any) -> Iterator[Any]:
-    run = EditRun(model, Host(object()))
-    head = LossHead(run.head(), shares=options.pop("shares", lambda: 1))
-    head.use(objective, reduction=reduction, **options)
-    try:
-        yield head
-    finally:
-        head.remove()
-        run.close()
-
-
-def batch(texts: list[tuple[list[int], list[int]]], side: str = "right") -> dict[str, Tensor]:
-    width = max(len(p) + len(t) for p, t in texts)
-    rows: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": [], "labels": []}
-    for prompt, target in texts:
-        pad = width - len(prompt) - len(target)
-        for key, row, fill in (
-            ("input_ids", prompt + target, PAD),
-            ("attention_mask", [1] * len(prompt + target), 0),
-            ("labels", [-100] * len(prompt) + target, -100),
-        ):
-            rows[key].append([fill] * pad + row if side == "left" else row + [fill] * pad)
-    found = {key: torch.tensor(row) for key, row in rows.items()}
-    # GPT-2 counts positions from the start of the row unless it gets position ids, as it does in generation.
-    found["position_ids"] = (found["attention_mask"].cumsum(-1) - 1).clamp(min=0)
-    return found
-
-
-def gradients(model: Any, loss: Tensor) -> dict[str, Tensor]:
-    named = dict(model.named_parameters())
-    grads = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
-    return {name: g for name, g in zip(named, grads, strict=True) if g is not None}
 
 
 def trained_gradients(model: Any, loss: Tensor) -> dict[str, Tensor]:
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     return dict(zip(named, torch.autograd.grad(loss, list(named.values())), strict=True))
-
-
-def assert_same(got: dict[str, Tensor], want: dict[str, Tensor], rel: float) -> None:
-    assert got.keys() == want.keys()
-    size = torch.stack([g.norm() for g in want.values()]).norm()
-    for name in want:
-        assert (got[name] - want[name]).norm() <= rel * max(want[name].norm(), 1e-3 * size), name
 
 
 @pytest.mark.parametrize("items", [None, 7])
@@ -175,65 +120,6 @@ def test_frozen_and_trained_heads_give_the_same_gradients(tiny, scope):
         if parameter.requires_grad:
             assert parameter.grad is not None
             torch.testing.assert_close(parameter.grad, full[name], rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3"])
-@pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("reduction", ["token", "sample"])
-def test_a_batch_equals_its_examples_one_at_a_time(tiny, family, side, reduction):
-    model = tiny(family)
-    with loss_head(model, smoothed, reduction):
-        got = model(**batch(TEXTS, side)).loss
-        got_grads = gradients(model, got)
-        tokens = [len(target) for _, target in TEXTS]
-        shares = [1 / 3] * 3 if reduction == "sample" else [n / sum(tokens) for n in tokens]
-        terms = [model(**batch([text])).loss * share for text, share in zip(TEXTS, shares, strict=True)]
-        want: Tensor = torch.stack(terms).sum()
-        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
-        assert_same(got_grads, gradients(model, want), 1e-5)
-
-
-def test_packed_sequences_have_equal_weights(tiny):
-    model = tiny("llama")
-    packed: dict[str, list[int]] = {"input_ids": [], "labels": [], "position_ids": []}
-    for prompt, target in TEXTS:
-        packed["input_ids"] += prompt + target
-        packed["labels"] += [-100] * len(prompt) + target
-        packed["position_ids"] += range(len(prompt + target))
-    inputs = {key: torch.tensor([row]) for key, row in packed.items()}
-    lengths = [len(target) for _, target in TEXTS]
-    with torch.no_grad():
-        # With a cache, transformers takes the row for one sequence.
-        unlabelled = {key: value for key, value in inputs.items() if key != "labels"}
-        logits = model(**unlabelled, use_cache=False).logits
-    each = F.cross_entropy(logits[0, :-1], inputs["labels"][0, 1:], reduction="none").split(1)
-    losses = iter(x for x, label in zip(each, inputs["labels"][0, 1:], strict=True) if label != -100)
-    want = sum(sum(next(losses) for _ in range(n)) / n for n in lengths) / len(lengths)
-    with loss_head(model, reduction="sample"):
-        assert model(**inputs).loss.item() == pytest.approx(float(want), rel=1e-6)
-
-
-@pytest.mark.parametrize("reduction", ["token", "sample"])
-def test_micro_batches_add_up_to_the_batch(tiny, reduction):
-    model = tiny("llama")
-    with loss_head(model, reduction=reduction, shares=lambda: 2):
-        items = torch.tensor(sum(len(target) for _, target in TEXTS))
-        parts = [model(**batch(part), num_items_in_batch=items).loss for part in (TEXTS[:1], TEXTS[1:])]
-        whole = [model(**batch(part)).loss for part in (TEXTS[:1], TEXTS[1:])]
-    n = [sum(len(target) for _, target in part) for part in (TEXTS[:1], TEXTS[1:])]
-    want = sum(w * k for w, k in zip(whole, n, strict=True)) / sum(n) if reduction == "token" else sum(whole) / 2
-    torch.testing.assert_close(parts[0] + parts[1], want, rtol=1e-6, atol=1e-6)
-
-
-@pytest.mark.parametrize("reduction", ["token", "sample"])
-def test_a_batch_without_supervised_tokens_has_loss_zero(tiny, reduction):
-    model = tiny("llama")
-    inputs = batch(TEXTS)
-    inputs["labels"][:] = -100
-    with loss_head(model, smoothed, reduction):
-        loss = model(**inputs).loss
-        assert loss.item() == 0.0
-        assert not any(g.any() for g in gradients(model, loss).values())
 
 
 def test_only_the_supervised_positions_are_projected(tiny):
