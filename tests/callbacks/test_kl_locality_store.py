@@ -1,10 +1,9 @@
-"""The cache of KLLocality is read by a later run, but never if anything differs. Teachers are tested, too."""
+"""The cache of KLLocality is read by a later run, but never if anything differs."""
 
 from __future__ import annotations
 
 import copy
 import errno
-import math
 import os
 import subprocess
 import sys
@@ -14,37 +13,14 @@ from typing import Any
 
 import pytest
 import torch
+from callbacks.kl_locality_inputs import TEXTS, TOKENS, value
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from kedit_train import owners
-from kedit_train.callbacks import KLLocality, ParameterScope, ReferenceCache, Teacher, editing
+from kedit_train.callbacks import KLLocality, ParameterScope, ReferenceCache, editing
 from kedit_train.core.locality.hidden_state_file import write_states
 from kedit_train.errors import EditError
-
-TEXTS = ["w1 w2 w3 w4 w5", "w9", "w20 w21 w22 w23 w24 w25 w26 w27 w28 w29 w30", "w7 w7 w7", "w50 w40 w30 w20"]
-TOKENS = 24
-
-
-def value(
-    model: Any, words: Any, scope: Any = 1, texts: Any = TEXTS, **options: Any
-) -> tuple[float, int, dict[str, Any]]:
-    """Return the penalty at fixed changed weights, the forward passes of the reference model, and the metrics."""
-    kl = KLLocality(texts, weight=1.0, batch_size=len(texts), **options)
-    passes: list[int] = []
-    with editing(model, [kl, ParameterScope(scope)], tokenizer=words) as edit:
-        edit.run.head()
-        handle = model.register_forward_pre_hook(lambda m, a: passes.append(1))
-        for callback in edit.run.callbacks:
-            edit.run.attach(callback)
-        handle.remove()
-        generator = torch.Generator().manual_seed(1)
-        with torch.no_grad():
-            for parameter in edit.parameters():
-                parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter) * 0.1)
-        penalty = kl.penalty(edit.run)
-        assert penalty is not None
-        return penalty.item(), len(passes), kl.metrics(edit.run)
 
 
 def test_a_second_run_needs_no_forward_pass_for_its_reference(make, words, tmp_path):
@@ -259,61 +235,3 @@ def test_bounds_of_the_cache(options, message):
     with pytest.raises(EditError) as error:
         KLLocality(TEXTS, cache=options)
     assert str(error.value).startswith(message)
-
-
-# -- a teacher
-
-
-def by_hand(teacher: Any, model: Any, words: Any, k: int, direction: str) -> float:
-    terms = []
-    for text in TEXTS:
-        ids = torch.tensor([words(text)["input_ids"]])
-        with torch.no_grad():
-            pair = [m(input_ids=ids).logits[0].double().softmax(-1).tolist() for m in (teacher, model)]
-        for p, q in zip(*pair, strict=True):
-            top = sorted(range(len(p)), key=lambda i: -p[i])[:k]
-            a, b = ([r[i] for i in top] + [max(0.0, 1 - math.fsum(r[i] for i in top))] * (k < 61) for r in (p, q))
-            a, b = (a, b) if direction == "forward" else (b, a)
-            terms.append(math.fsum(x * math.log(x / y) for x, y in zip(a, b, strict=True)))
-    return math.fsum(terms) / len(terms)
-
-
-@pytest.mark.parametrize(("k", "direction"), [(1, "forward"), (8, "forward"), (8, "reverse"), (61, "forward")])
-def test_a_larger_teacher(make, words, tmp_path, k, direction):
-    teacher, model = make("gpt2", n_embd=32), make()
-    options = {"teacher": Teacher(teacher, top_k=k), "direction": direction, "cache": tmp_path}
-    first, again = (value(shaken := copy.deepcopy(model), words, **options) for _ in range(2))
-    shaken = copy.deepcopy(model)
-    want = None
-    got, _, metrics = value(shaken, words, **options)
-    want = by_hand(teacher, shaken, words, k, direction)
-    assert want > 0.01
-    assert got == pytest.approx(want, rel=1e-4)
-    assert (first[0], again[0]) == (got, got)
-    assert (first[2]["edit/locality/store_hits"], again[2]["edit/locality/store_hits"]) == (0.0, 1.0)
-    assert metrics["edit/locality/store_bytes"] == TOKENS * (8 * k + 4)
-    assert not teacher.lm_head._forward_pre_hooks
-
-
-def test_a_teacher_by_path_with_padded_rows(make, words, tmp_path):
-    teacher = make(hidden_size=32, vocab_size=64)
-    teacher.save_pretrained(tmp_path)
-    words.save_pretrained(tmp_path)
-    model = make()
-    got = value(model, words, teacher={"model": str(tmp_path), "top_k": 5})[0]
-    teacher.lm_head.weight = torch.nn.Parameter(teacher.lm_head.weight[:61])
-    assert got == pytest.approx(by_hand(teacher, model, words, 5, "forward"), rel=1e-4)
-
-
-def test_teachers_that_cannot_be_compared_are_refused(make, words, tmp_path):
-    model = make()
-    for teacher, message in (
-        (make(vocab_size=77), "has another vocabulary than the edited model"),
-        (str(tmp_path / "nothing"), "teacher cannot be loaded from"),
-        (torch.nn.Linear(2, 2), "teacher must be a causal language model, got Linear without"),
-        (model, "teacher must not be the edited model itself"),
-    ):
-        with pytest.raises(EditError, match=message):
-            value(model, words, teacher=teacher)
-    with pytest.raises(EditError, match="top_k must be at most 61, the size of the vocabulary, got 62"):
-        value(model, words, teacher=Teacher(make("gpt2"), top_k=62))
