@@ -1,4 +1,4 @@
-"""A LoRA adapter, a training loop, and the comparison with the unedited model, for the tests of GatedAdapter."""
+"""A LoRA adapter, a training loop, a saved adapter, and the comparison with the unedited model, for GatedAdapter."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from kedit_train.callbacks import GatedAdapter, TokenSmoothing, editing
 
 TEXTS = ["The old baker found a coin near the river.", "A red fox slept.", "Where is the bridge? Answer: far away"]
 LORA: dict[str, Any] = {"r": 8, "lora_alpha": 32, "target_modules": ["down_proj", "up_proj"]}
+RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "gated.yaml"
 
 
 def adapted(base: Any, **options: Any) -> Any:
@@ -81,3 +82,11 @@ def compare(model: Any, base: Any, gate: Any, tokenizer: Any, prompts: Sequence[
                 after = real & ~before_match
                 assert bool((a[after] != b[after]).any(dim=-1).all())
     return closed, opened
+
+
+def save(folder: Path, steps: int = 1) -> Any:
+    """Train one step and save the gated adapter; return the model."""
+    model, tokenizer = world.load()
+    edits, model = EditDataset(world.edits(2)), adapted(model)
+    train(model, tokenizer, edits, [GatedAdapter(TEXTS, edits=edits, path=str(folder))], steps)
+    return model.eval()

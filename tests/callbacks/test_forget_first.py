@@ -1,4 +1,4 @@
-"""ForgetFirst against training and subtraction by hand, each of its limits, and the callbacks beside it."""
+"""ForgetFirst against training and subtraction by hand, each of its limits, and the constraints beside it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from callbacks.forgetting import EDITS, TEXTS, scope
 from conformance.hosts import HOSTS
 from delta.tiny import equal_bits, state_of
 from torch import Tensor
@@ -20,7 +21,6 @@ from kedit_train.callbacks import (
     ForgetTraining,
     GradientMask,
     NormBall,
-    ParameterScope,
     SaveDelta,
     TokenSmoothing,
     editing,
@@ -31,9 +31,7 @@ from kedit_train.evaluation.options import EvaluationOptions
 from kedit_train.evaluation.scoring.old_answers import find_old_answers
 
 NAME = "model.layers.4.mlp.down_proj.weight"
-EDITS = EditDataset(world.edits(6))
 FAST_TRAINING = ForgetTraining(epochs=3, learning_rate=2e-3)
-TEXTS = world.locality_texts(exclude=EDITS, n=12)
 FAST: dict[str, Any] = {
     "training": ForgetTraining(epochs=3, learning_rate=2e-3, batch_size=4),
     "max_perplexity_ratio": 9.0,
@@ -44,10 +42,6 @@ FAST: dict[str, Any] = {
 @pytest.fixture
 def loaded() -> Any:
     return world.load()
-
-
-def scope() -> ParameterScope:
-    return ParameterScope(layers="4", modules="mlp.down_proj")
 
 
 def old(edits: Any = EDITS) -> list[Edit]:
@@ -242,52 +236,6 @@ def test_a_resumed_run_does_not_forget_again_and_ends_on_the_same_bits(host: str
     assert (second.measured, second.chosen) == (first.measured, first.chosen)
 
 
-@pytest.mark.parametrize(
-    ("argument", "expected"),
-    [
-        ({"coefficients": [0.0]}, "a list of numbers > 0"),
-        ({"coefficients": []}, "a list of numbers > 0"),
-        ({"scale": "both"}, '"base" or "trained"'),
-        ({"max_probability": 1.0}, "in (0, 1)"),
-        ({"max_perplexity_ratio": 0.9}, ">= 1"),
-    ],
-)
-def test_arguments_out_of_range_are_refused(argument, expected) -> None:
-    ((name, value),) = argument.items()
-    with pytest.raises(EditError) as error:
-        ForgetFirst(TEXTS, **argument)
-    assert str(error.value) == f"ForgetFirst: {name} must be {expected}, got {value!r}."
-
-
-def test_the_training_may_be_a_mapping_as_in_yaml() -> None:
-    assert ForgetFirst(TEXTS, training={"epochs": 3}).training == ForgetTraining(epochs=3)
-    with pytest.raises(EditError, match=r"^ForgetTraining: epochs must be an integer >= 1, got 0"):
-        ForgetFirst(TEXTS, training={"epochs": 0})
-
-
-@pytest.mark.parametrize(
-    ("make_callbacks", "message"),
-    [
-        (
-            lambda: [ForgetFirst(TEXTS, edits=EDITS)],
-            r"ForgetFirst: the run needs a scope \(the parameters that may change\)",
-        ),
-        (lambda: [scope(), ForgetFirst(TEXTS)], "ForgetFirst: edits must be given, .* run has no edits of its own"),
-        (lambda: [scope(), ForgetFirst("nowhere.txt", edits=EDITS)], "ForgetFirst: .*nowhere.txt"),
-        (
-            lambda: [scope(), *(ForgetFirst(TEXTS, edits=EDITS) for _ in range(2))],
-            "ForgetFirst: there are two callbacks of this class on this model; keep one ForgetFirst and pass all",
-        ),
-    ],
-)
-def test_a_list_of_callbacks_that_cannot_work_is_refused(loaded, make_callbacks, message) -> None:
-    model, tokenizer = loaded
-    callbacks = make_callbacks()
-    with pytest.raises(EditError, match=message) as error, editing(model, callbacks, tokenizer=tokenizer) as edit:
-        edit.before_step()
-    assert "\n" not in str(error.value)
-
-
 def test_a_coefficient_of_the_base_scale_is_a_length_whatever_the_training_was(loaded) -> None:
     model, tokenizer = loaded
     base = state_of(model)
@@ -337,13 +285,3 @@ def test_only_old_answers_that_the_model_gives_take_part(loaded) -> None:
     assert left_out == {"kept": "the model gives no answer, or does not end its answer"}
     with pytest.raises(EditError, match="there are no edits"):
         find_old_answers(model, tokenizer, [], **options)
-
-
-def test_adapters_are_refused(loaded) -> None:
-    peft = pytest.importorskip("peft")
-    model, _ = loaded
-    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
-    callbacks = [ParameterScope(modules="*"), ForgetFirst(TEXTS, edits=EDITS)]
-    match = "ForgetFirst: the model must not have adapters"
-    with pytest.raises(EditError, match=match), editing(adapted, callbacks):
-        raise AssertionError("entered")

@@ -12,30 +12,18 @@ from typing import Any
 
 import pytest
 import torch
+from callbacks.masked_runs import EDITS, bits, train
 from conformance.hosts import HOSTS
 from installed import older
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 
 from kedit_train import world
-from kedit_train.callbacks import GradientMask, MaskScore, ParameterScope, TokenSmoothing, editing
-from kedit_train.data import Edit, EditDataset
+from kedit_train.callbacks import GradientMask, MaskScore, ParameterScope, editing
+from kedit_train.data import EditDataset
 from kedit_train.errors import EditError
 
-EDITS = [
-    Edit("w1 w2 w3", "w4", rephrases=("w20 w21",)),
-    Edit("w5 w6", "w7 w8"),
-    Edit("w9 w10 w11 w12", "w13"),
-]
-
 DOWN = "model.layers.1.mlp.down_proj.weight"
-
-INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def bits(tensor: Tensor) -> Tensor:
-    """View numbers as integers: 0.0 and -0.0 differ, NaN equals itself."""
-    return tensor.detach().view(INTEGERS[tensor.element_size()])
 
 
 def transformers_adafactor(parameters: Any) -> Any:
@@ -60,16 +48,6 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
 if older("torch", "2.9"):
     # Muon is new in torch 2.9.
     del OPTIMIZERS["Muon"]
-
-
-def train(model: Any, edit: Any, optimizer: Any, ids: Tensor, check: Callable[[], None], steps: int = 4) -> None:
-    for _ in range(steps):
-        edit.before_step()
-        for row in ids:
-            (model(input_ids=row[None], labels=row[None]).loss / len(ids)).backward()
-        optimizer.step()
-        check()
-        optimizer.zero_grad()
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -254,89 +232,3 @@ def test_all_processes_use_the_mask_of_the_first_and_shards_keep_their_values(tm
         for name, frozen in result["frozen"].items():
             differs = bits(result["after"][name]) != bits(result["before"][name])
             assert torch.equal(differs, ~frozen), name
-
-
-class Forecaster(nn.Module):
-    """A model of time series: a recurrent layer, a norm, two convolutions and a linear layer."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.rnn, self.conv = nn.GRU(2, 4, batch_first=True), nn.Conv1d(4, 6, 3)
-        self.up, self.norm, self.out = nn.ConvTranspose1d(6, 5, 2), nn.LayerNorm(4), nn.Linear(5, 1)
-
-    def forward(self, series: Tensor) -> Tensor:
-        return self.out(self.up(self.conv(self.norm(self.rnn(series)[0]).mT)).mT)
-
-
-@pytest.mark.parametrize("score", ["magnitude", "random"])
-@pytest.mark.parametrize("granularity", ["element", "row", "column"])
-def test_other_models_can_be_masked_by_magnitude_at_random_or_from_a_file(tmp_path, score, granularity):
-    model, series = Forecaster(), torch.randn(3, 10, 2)
-    nn.init.normal_(model.norm.weight)
-    nn.init.normal_(model.norm.bias)
-    before = copy.deepcopy(model)
-    path = tmp_path / "masks" / "mask.safetensors"
-    for mask in (
-        GradientMask(score, density=0.5, granularity=granularity, save_path=path),
-        GradientMask(mask_path=path),
-    ):
-        with editing(model, [mask]) as edit:
-            optimizer = torch.optim.AdamW(edit.parameters(), lr=1e-2, weight_decay=0.1)
-            for _ in range(2):
-                edit.before_step()
-                model(series).square().mean().backward()
-                optimizer.step()
-                optimizer.zero_grad()
-        chosen = load_file(path)
-        for name, parameter in model.named_parameters():
-            assert not bool(((bits(parameter) != bits(before.get_parameter(name))) & ~chosen[name]).any())
-    assert not torch.equal(model.rnn.weight_ih_l0, before.rnn.weight_ih_l0)
-    if granularity == "row":
-        assert torch.equal(chosen["rnn.bias_hh_l0"], chosen["rnn.weight_hh_l0"][:, 0])
-        assert torch.equal(chosen["up.bias"], chosen["up.weight"][0, :, 0])
-        assert torch.equal(chosen["conv.bias"], chosen["conv.weight"][:, 0, 0])
-    if granularity == "column":
-        assert not chosen["conv.bias"].any()
-        assert chosen["up.weight"].flatten(1).all(1).sum() == 3
-
-
-@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
-def test_equal_scores_are_an_error_and_adapters_can_be_masked(make, words, ids):
-    peft = pytest.importorskip("peft")
-    config = peft.LoraConfig(r=4, target_modules=["down_proj"])
-    model = peft.get_peft_model(make(), config)
-    # B starts at zero, so the gradient of A is zero everywhere.
-    with (
-        pytest.raises(EditError, match=r"^GradientMask: .*lora_A.*: .* all scores are 0; choose another score"),
-        editing(model, [GradientMask(edits=EDITS)], tokenizer=words) as edit,
-    ):
-        edit.before_step()
-    before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    with editing(model, [mask := GradientMask("random", density=0.3), TokenSmoothing()], tokenizer=words) as edit:
-        train(model, edit, torch.optim.AdamW(edit.parameters(), lr=0.1, weight_decay=0.1), ids, lambda: None)
-        for name, parameter in model.named_parameters():
-            differs = bits(parameter) != bits(before[name])
-            assert not bool((differs & mask._frozen[name]).any() if name in mask._frozen else differs.any())
-            assert ("lora_" in name) == bool(differs.any())
-
-
-def test_tied_embeddings_have_one_mask(make, words, ids):
-    model = make(tie_word_embeddings=True)
-    before = copy.deepcopy(model)
-    with editing(
-        model, [mask := GradientMask("fisher", density=0.1, granularity="row", edits=EDITS)], tokenizer=words
-    ) as edit:
-        assert "lm_head.weight" not in edit.run.scope
-        train(model, edit, torch.optim.AdamW(edit.parameters(), lr=0.1), ids, lambda: None)
-        differs = bits(model.lm_head.weight) != bits(before.lm_head.weight)
-        assert not bool((differs & mask._frozen["model.embed_tokens.weight"]).any())
-        assert differs.any()
-
-
-def test_one_instance_masks_several_models_in_turn(make, words, ids):
-    mask = GradientMask(edits=iter(EDITS))
-    for family in ("llama", "gpt2"):
-        model = make(family)
-        with editing(model, [mask], tokenizer=words) as edit:
-            train(model, edit, torch.optim.SGD(edit.parameters(), lr=0.1), ids, lambda: None, steps=1)
-            assert mask._frozen.keys() == edit.run.scope.keys()

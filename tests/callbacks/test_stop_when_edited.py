@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from callbacks.stopped_runs import Publisher, stopped_at
 from conformance.hosts import HOSTS, collator
 
 from kedit_train import world
@@ -22,42 +23,10 @@ from kedit_train.callbacks import (
 from kedit_train.data import EditDataset
 from kedit_train.errors import EditError
 from kedit_train.evaluation.options import EvaluationOptions
-from kedit_train.modes import TrainLoop
 
 SHORT = EvaluationOptions(max_new_tokens=4)
 WITH_KL = EvaluationOptions(max_new_tokens=4, metrics=["kl"])
 PROBABILITY = "edit/reliability_smallest_token_probability"
-
-
-class Publisher(EditCallback):
-    """Publishes prepared scores, one dict per step, in place of the callbacks that measure them."""
-
-    # At this place in the order, EditMetrics would measure.
-    order = 60
-
-    def __init__(self, scores: list[dict[str, float]]) -> None:
-        self.scores = scores
-
-    def provides(self) -> set[str]:
-        return {"token_clip"}.union(*self.scores)
-
-    def after_step(self, run: Any) -> None:
-        run.publish(self.scores[run.step - 1])
-
-
-def stopped_at(callbacks: list[Any], steps: int = 6) -> int | None:
-    """Return the step after which a plain loop is told to stop; None if it never is."""
-    model = torch.nn.Linear(2, 2)
-    with editing(model, callbacks) as edit:
-        optimizer = torch.optim.SGD(edit.parameters(), lr=0.1)
-        for step in range(1, steps + 1):
-            edit.before_step()
-            model(torch.ones(1, 2)).sum().backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            if edit.should_stop:
-                return step
-    return None
 
 
 def rising(key: str, *values: float) -> list[dict[str, float]]:
@@ -257,49 +226,3 @@ def test_the_kl_budget_requires_the_kl_metric() -> None:
     metrics = EditMetrics(edits, every_n_steps=1, show=False, evaluation=SHORT)
     with pytest.raises(EditError, match="a callback that measures the divergence"):
         batches(edits, [metrics, TokenSmoothing(), StopWhenEdited(None, kl_budget=0.5)], 1, 1e-3)
-
-
-class EpochPublisher(Publisher):
-    """Publishes scores of ten steps, of which only the second has active tokens."""
-
-    def __init__(self) -> None:
-        quiet, loud = ({"edit/tokens/active_now": n, "edit/tokens/loss_now": n / 10} for n in (0, 3))
-        super().__init__([quiet, loud, *[quiet] * 8])
-
-
-@pytest.mark.parametrize(("window", "step"), [(1, 5), (2, 4)])
-@pytest.mark.parametrize("host", ["Trainer", "SFTTrainer", "Lightning"])
-def test_an_epoch_has_as_many_steps_as_the_trainer_takes(host: str, window: int, step: int) -> None:
-    """Nine edits in batches of 4 are 3 steps, or 2 steps if two batches make one step."""
-    model, tokenizer = world.load()
-    stop = StopWhenEdited(None, idle_steps="epoch")
-    name = "accumulate_grad_batches" if host == "Lightning" else "gradient_accumulation_steps"
-    callbacks = [EpochPublisher(), stop]
-    HOSTS[host](model, tokenizer, EditDataset(world.edits(n=9)), callbacks, 10, **{name: window})
-    assert stop.run is not None
-    assert (stop.run.host.epoch_steps, stop.run.step) == (4 - window, step)
-    assert stop.reason == f"no token had a loss above epsilon in {4 - window} steps"
-
-
-def test_the_loss_of_an_epoch_is_the_mean_over_its_steps() -> None:
-    model, tokenizer = world.load()
-    stop = StopWhenEdited(0.05)
-    HOSTS["Trainer"](model, tokenizer, EditDataset(world.edits(n=9)), [EpochPublisher(), stop], 10)
-    assert stop.run is not None
-    assert stop.run.step == 5  # the mean of the first epoch, (0 + 0.3 + 0) / 3, is above 0.05
-
-
-def test_a_plain_loop_passes_the_steps_of_an_epoch() -> None:
-    model, tokenizer = world.load()
-    edits = world.edits(n=3)
-    with pytest.raises(
-        EditError, match=r'idle_steps="epoch" needs .* unknown in this plain loop run; .*editing\(epoch_steps=...\)'
-    ):
-        stopped_at([EpochPublisher(), StopWhenEdited(None, idle_steps="epoch")])
-    with editing(model, [stop := StopWhenEdited(None, idle_steps="epoch"), EpochPublisher()], epoch_steps=4) as edit:
-        edit.before_step()
-        assert stop._idle_limit == 4
-        model.zero_grad()
-    stop = StopWhenEdited(None, idle_steps="epoch")
-    TrainLoop(tokenizer, callbacks=[EpochPublisher(), stop], batch_size=2, epochs=5, stop_loss=0.0)(model, edits)
-    assert stop.reason == "no token had a loss above epsilon in 2 steps"
