@@ -16,6 +16,7 @@ from installed import older
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kedit_train import world
+from kedit_train.callbacks import ParameterScope
 from kedit_train.data import EditDataset
 
 PROMPTS = 8
@@ -23,6 +24,9 @@ PROMPTS = 8
 TEMPLATE = "{privileged_context} {prompt}"
 TEMPERATURE = 2.0
 TRAINERS = ("SDFT", "Distillation", "GRPO", "RLOO")
+SCOPE = {f"model.layers.{i}.mlp.down_proj.weight" for i in (2, 3)}
+# The default run takes one trainer with a teacher and one with rewards.
+SOME = [kind if kind in ("SDFT", "GRPO") else pytest.param(kind, marks=pytest.mark.slow) for kind in TRAINERS]
 
 
 @functools.cache
@@ -92,3 +96,14 @@ def trainer(kind: str, model: Any, tokenizer: Any, callbacks: list[Any], steps: 
         callbacks=callbacks,
         **given,
     )
+
+
+def scope() -> ParameterScope:
+    return ParameterScope(layers="2-3", modules="mlp.down_proj")
+
+
+def train(kind: str, callbacks: list[Any], steps: int = 3, **extra: Any) -> Any:
+    model, tokenizer = student()
+    used = trainer(kind, model, tokenizer, callbacks, steps, **extra)
+    used.train()
+    return used
