@@ -1,4 +1,4 @@
-"""A trainer and a data module of responses, for tests."""
+"""A trainer, given responses, and a data module of sampled responses, for tests."""
 
 from __future__ import annotations
 
@@ -7,11 +7,7 @@ from typing import Any
 import lightning.pytorch as L
 
 from kedit_train import world
-from kedit_train.control import (
-    ResponseDataModule,
-    SamplingOptions,
-    ShortAnswer,
-)
+from kedit_train.control import ResponseDataModule, SamplingOptions, ShortAnswer
 
 PROMPTS = ["The", *(edit.prompt for edit in world.edits(3))]
 SHORT = SamplingOptions(samples=2, max_new_tokens=4)
@@ -24,3 +20,9 @@ def trainer(**options: Any) -> L.Trainer:
 
 def data_module(**options: Any) -> ResponseDataModule:
     return ResponseDataModule(**({"prompts": PROMPTS, "reward": ShortAnswer(8), "sampling": SHORT} | options))
+
+
+def records(n: int = 6) -> list[dict[str, str]]:
+    """Responses to the prompts of edits: the old answer, and the new one."""
+    edits = world.edits(n)
+    return [{"prompt": e.prompt, "response": str(target)} for e in edits for target in (e.old_target, e.target)]
