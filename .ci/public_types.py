@@ -34,7 +34,8 @@ def main() -> int:
     score = report["completenessScore"]
     exported = [symbol for symbol in report["symbols"] if symbol["isExported"]]
     unknown = [s for s in exported if not s["isTypeKnown"] and not s["isTypeAmbiguous"]]
-    listed = [s for s in exported if not s["isTypeKnown"]] if "--list" in sys.argv else unknown
+    incomplete = [s for s in exported if not s["isTypeKnown"] or s["isTypeAmbiguous"]]
+    listed = incomplete if "--list" in sys.argv else unknown
     for symbol in listed:
         message = next((d["message"] for d in symbol["diagnostics"]), "unknown type")
         print(f"{symbol['name']}: {' '.join(message.split())}")

@@ -173,7 +173,7 @@ def loading_errors(name: str, problem: str) -> Iterator[None]:
         raise
     # Damaged files cause many kinds of errors: tokenizers, for example, raises Exception itself.
     except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
         local = "" if Path(name).is_dir() else " (no such folder on this machine)"
         raise EditError(
             f"model {name!r}{local} {problem}: {reason[:300]}; use a Hugging Face Hub name, a folder saved by "

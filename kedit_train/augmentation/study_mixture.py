@@ -1,4 +1,4 @@
-"""Choose study rows so that their tokens have a given ratio to the tokens of the documents."""
+"""Choose study rows (texts that the model wrote about the documents), until they have a given number of tokens."""
 
 from __future__ import annotations
 

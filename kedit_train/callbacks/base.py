@@ -87,7 +87,7 @@ class EditCallback(TransformersEvents, LightningEvents):
         """
 
     def attach(self, run: EditRun) -> None:
-        """Connect this callback to the model. At this time, all callbacks are prepared.
+        """Connect this callback to the model. ``prepare`` of all callbacks has already been called.
 
         The model is on its device. In a resumed run, the model may already contain edited weights. Inside
         ``with run.reference_model():``, the model has the weights before the edit.

@@ -312,7 +312,7 @@ class GatedAdapter(EditCallback):
 
 
 def _check_base_name(model: Any) -> None:
-    """Raise an error if the base model has no name. ``load_model`` could then not load the saved adapter."""
+    """Raise an error if the base model has no name. ``load_model`` needs this name to load the saved adapter."""
     (config,) = model.peft_config.values()
     if not (config.base_model_name_or_path or getattr(model.get_base_model(), "name_or_path", "")):
         raise EditError(

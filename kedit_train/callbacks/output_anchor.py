@@ -148,7 +148,10 @@ class OutputAnchor(EditCallback):
         return distances.flatten()
 
     def metrics(self, run: EditRun) -> dict[str, float]:
-        """Return the unweighted mean distance since the last call, and the size of the stored outputs in bytes."""
+        """Return the mean distance of the outputs since the last call, and the size of the stored outputs in bytes.
+
+        The distance is not multiplied by the weight of the penalty.
+        """
         if self._reference is None or not self._count:
             return {}
         mean = float(self._sum) / self._count

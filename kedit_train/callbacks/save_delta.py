@@ -254,7 +254,8 @@ class SaveDelta(EditCallback):
             moment = f"step {step}" if evaluated else f"step {step}, the last step, because no step was evaluated"
             if self.upload:
                 run.host.log_file(self.path, "delta")
-            print(f"delta: {self.path} ({len(delta)} tensors, {delta.nbytes / 1e6:.2f} MB, {moment}; {checked})")
+            tensors = f"{len(delta)} tensor{'s' * (len(delta) != 1)}"
+            print(f"delta: {self.path} ({tensors}, {delta.nbytes / 1e6:.2f} MB, {moment}; {checked})")
 
     def _check(
         self,

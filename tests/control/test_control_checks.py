@@ -22,7 +22,10 @@ from kedit_train.errors import EditError
         ({"step_size": -1}, "controlled: step_size must be >= 0, got -1."),
         ({"step_size": 1, "steps": 1.5}, "controlled: steps must be an integer >= 0, got 1.5."),
         ({"step_size": 1, "radius": float("nan")}, "controlled: radius must be >= 0, got nan."),
-        ({"step_size": 1, "layers": [0]}, "controlled: layers must be layers of the value function (head, 1), got 0"),
+        (
+            {"step_size": 1, "layers": [0]},
+            "controlled: layers must be among the layers of the value function (head, 1), got 0",
+        ),
         ({"step_size": 1, "layers": [3]}, 'controlled: layers must contain "head" or indices from -3 to 2, got 3.'),
         (
             {"step_size": 1, "layers": "head"},

@@ -114,7 +114,7 @@ def needs_answers(prompts: Any, completions: Any, answers: Any) -> list[float]:
         (
             {},
             [ControlMetrics(["A"], step_size=1, layers=[0])],
-            "ControlMetrics: layers must be layers of the value function (head), got 0",
+            "ControlMetrics: layers must be among the layers of the value function (head), got 0",
         ),
         ({}, [ControlMetrics([LONG], step_size=1)], "ControlMetrics: the prompt 'word word"),
         (

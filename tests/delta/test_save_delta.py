@@ -53,7 +53,7 @@ def test_the_file_contains_the_trained_weights(dtype, scoped, tmp_path, capsys):
     assert delta.meta["configuration"]["steps"] == 4
     assert "SaveDelta(at='end')" in delta.meta["configuration"]["callbacks"]
     printed = capsys.readouterr().out
-    assert printed.startswith(f"delta: {path} ({len(delta)} tensors, ")
+    assert printed.startswith(f"delta: {path} ({len(delta)} tensor{'s' * (len(delta) > 1)}, ")
     assert "step 4; its weights, and the logits for 8 of the edits, equal the trained ones bit for bit)" in printed
     assert equal_bits(state_of(delta.revert(base)), state_of(world.load()[0].to(dtype)))
 

@@ -116,8 +116,7 @@ class GuardedLoad(_Guard):
 
     The instance first checks whether the checkpoint fits the scope and the adapters of the runs. If not, it raises an
     error of one line. The error of torch would list every weight whose shape differs. If the check or the loading
-    fails, the instance closes the runs. The next ``train()`` creates new runs, before the trainer creates its
-    optimizer.
+    fails, the instance closes the runs, so the next ``train()`` begins with new runs.
 
     Args:
         trainer: the trainer.

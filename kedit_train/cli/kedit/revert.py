@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
 
-from kedit_train.cli.kedit.output import check_new_folder, json_option, naming_models, print_json
+from kedit_train.cli.kedit.output import check_new_folder, count_tensors, json_option, naming_models, print_json
 
 HELP = "write the base checkpoint, bit for bit, from a delta and the edited checkpoint"
 EPILOG = """\
@@ -33,5 +33,5 @@ def run(args: Namespace) -> int:
     if args.json:
         print_json({"out": str(out), "state": "base", "tensors": len(delta), "bytes": delta.nbytes})
     else:
-        print(f"base model: {out} ({len(delta)} tensors restored)")
+        print(f"base model: {out} ({count_tensors(len(delta))} restored)")
     return 0

@@ -223,7 +223,7 @@ def read_sequences(
 
 
 def _length_independent_positions(config: Any) -> int | None:
-    """Return the largest number of positions for which the rotary embeddings do not depend on the batch length.
+    """Return the largest number of positions for which the rotary embeddings do not depend on the sequence length.
 
     With more positions, dynamic RoPE scaling and LongRoPE change the embeddings of all tokens. The result is None for
     a model without such scaling, because its rotary embeddings never depend on the batch length.

@@ -204,8 +204,8 @@ class ReferenceOutputs:
         """
         if state["inputs"] != hash_model_inputs(self.outputs.items):
             raise EditError(
-                f"the checkpoint was written with other {self.outputs.argument}; resume with the same inputs, or start "
-                "a new run."
+                f"the checkpoint was written with other {self.outputs.argument}; resume with those of the checkpoint, or "
+                "start a new run."
             )
         self.before = [state["outputs"][str(index)] for index in range(len(self.outputs.items))]
         self._start_draws()

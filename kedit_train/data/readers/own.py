@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from difflib import get_close_matches
 from typing import Any
 
 from kedit_train.data.readers.fields import Fields, describe, quoted
@@ -52,9 +53,11 @@ def check_names(record: Fields, known: frozenset[str]) -> None:
     others = sorted(str(key) for key in set(record.values) - known)
     if others:
         listed = quoted(record.path + key for key in others)
+        similar = get_close_matches(others[0], known, n=1)
+        hint = f", did you mean {similar[0]!r}?" if similar else ""
         raise EditError(
-            f"{record.where}: unknown field {listed} (known fields: {', '.join(sorted(known))}); rename or remove the "
-            'field, or pass on_error="skip" to leave out records with errors'
+            f"{record.where}: unknown field {listed}{hint} (known fields: {', '.join(sorted(known))}); rename or "
+            'remove the field, or pass on_error="skip" to leave out records with errors'
         )
 
 

@@ -28,7 +28,7 @@ _STYLE = """
   border: 0; border-bottom: 1px solid var(--line); overflow-wrap: break-word; white-space: normal; max-width: none; }
 .kedit td.text, .kedit bdi { overflow-wrap: anywhere; }
 .kedit th { color: var(--dim); font-weight: 600; vertical-align: bottom; overflow-wrap: normal; }
-.kedit .number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+.kedit .number { padding-left: .6rem; text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 .kedit th.number { white-space: normal; }
 .kedit td.label { overflow-wrap: normal; min-width: 9rem; }
 .kedit tr.part td { color: var(--dim); } .kedit tr.part td.label { padding-left: 1.2rem; }

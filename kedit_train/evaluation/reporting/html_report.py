@@ -12,6 +12,7 @@ from kedit_train.evaluation.reporting.report_lines import (
     HEADING,
     ScoreLine,
     answer_lists,
+    continuation,
     format_interval,
     format_number,
     notes,
@@ -80,9 +81,10 @@ def _scores(report: ReportData) -> Iterator[str]:
 
 
 def _below(line: ScoreLine) -> str:
-    before = f"unedited {format_number(line.unedited.value)}, " if line.unedited.value is not None else ""
-    interval = f"95 % {format_interval(line.edited)}, " if line.edited.low is not None else ""
-    return f"{before}{interval}n = {line.edited.n}"
+    interval = f"95 %: {format_interval(line.edited)}, " if line.edited.low is not None else ""
+    before = f"; unedited: {format_number(line.unedited.value)}" if line.unedited.value is not None else ""
+    # A line break after "n =" would separate the number from its name.
+    return f"{interval}n\u00a0=\u00a0{line.edited.n:,}{before}"
 
 
 def _score_cells(line: ScoreLine, compared: bool) -> list[Cell]:
@@ -93,7 +95,7 @@ def _score_cells(line: ScoreLine, compared: bool) -> list[Cell]:
         *before,
         Cell(text=format_number(line.edited.value)),
         Cell(text=format_interval(line.basis), html=bar),
-        Cell(text=str(line.basis.n)),
+        Cell(text=f"{line.basis.n:,}"),
         Cell(text=format_number(line.teacher_forced.value)),
     ]
 
@@ -131,7 +133,8 @@ def _answers(report: ReportData, limit: int) -> Iterator[str]:
 
 def _answer_cells(result: ProbeResult, compared: bool, with_target: bool) -> Iterator[Cell]:
     before, after = mark_changes(_cut(result.before or ""), _cut(result.answer))
-    empty, more = '<span class="dim">(empty)</span>', "" if result.ended else ' <span class="dim">…</span>'
+    empty = '<span class="dim">(empty)</span>'
+    more = f' <span class="dim">{mark}</span>' if (mark := continuation(result)) else ""
     yield _MARKS[result.right]
     yield Cell(html=_isolated(escape(_cut(result.prompt))))
     if compared:

@@ -9,6 +9,7 @@ from kedit_train.evaluation.report_data import ReportData
 from kedit_train.evaluation.reporting.report_lines import (
     HEADING,
     answer_lists,
+    continuation,
     format_interval,
     format_number,
     notes,
@@ -91,7 +92,7 @@ def _answers(report: ReportData, limit: int) -> Iterator[str]:
             right = {True: "yes", False: "no", None: "–"}[result.right]
             target = escape_cell(result.accepted[0], 40) if result.accepted else "–"
             before = "–" if result.before is None else escape_cell(result.before, 40) or "(empty)"
-            after = (escape_cell(result.answer, 40) or "(empty)") + ("" if result.ended else " …")
+            after = f"{escape_cell(result.answer, 40) or '(empty)'} {continuation(result)}".rstrip()
             rows.append([escape_cell(result.prompt, 70), before, after, target, right])
         yield from markdown_table(["prompt", "before", "after", "target", "right"], rows, 5)
 

@@ -250,10 +250,20 @@ def reproduction(report: ReportData) -> Iterator[tuple[str, str]]:
     yield "data", str(meta["data_name"])
     yield "SHA-256 of the data", str(meta["data_hash"])
     yield "seed", str(meta["seed"])
-    yield "settings", ", ".join(f"{key}={value}" for key, value in meta["settings"].items())
+    # The default judge is part of the protocol "exact", and other protocols do not use it.
+    settings = {key: value for key, value in meta["settings"].items() if (key, value) != ("judge", "exact_match")}
+    yield "settings", ", ".join(f"{key}={value}" for key, value in settings.items())
     yield "versions", ", ".join(f"{key} {value}" for key, value in meta["versions"].items())
     yield "date", str(meta["date"])
     yield "seconds", str(meta["seconds"])
+
+
+def continuation(result: ProbeResult) -> str:
+    """Return "…" if the model did not end its answer, and nothing otherwise.
+
+    If the answer is the same as before the edit, the mark is left out, because the answer before has none.
+    """
+    return "" if result.ended or result.answer == result.before else "…"
 
 
 def format_number(value: float | None) -> str:

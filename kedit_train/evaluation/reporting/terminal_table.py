@@ -14,6 +14,7 @@ from kedit_train.evaluation.report_data import ReportData
 from kedit_train.evaluation.reporting.report_lines import (
     HEADING,
     answer_lists,
+    continuation,
     format_interval,
     format_number,
     notes,
@@ -80,7 +81,7 @@ def _scores_table(report: ReportData) -> Table:
         cells += [Text(format_number(line.unedited.value))] if compared else []
         style = "dim" if line.edited.value is None else "" if line.is_kind else "bold"
         cells += [Text(format_number(line.edited.value), style=style), Text(format_interval(line.basis))]
-        table.add_row(*cells, Text(str(line.basis.n)), Text(format_number(line.teacher_forced.value)))
+        table.add_row(*cells, Text(f"{line.basis.n:,}"), Text(format_number(line.teacher_forced.value)))
     return table
 
 
@@ -95,7 +96,7 @@ def _answers_table(title: str, results: list[ProbeResult], compared: bool, with_
         table.add_column("target", style="dim", overflow="fold")
     for result in results:
         mark = {True: Text("✓", style="green"), False: Text("✗", style="red"), None: Text("·")}[result.right]
-        answer = shorten(result.answer, 32) + ("" if result.ended else " …") or "(empty)"
+        answer = f"{shorten(result.answer, 32) or '(empty)'} {continuation(result)}".rstrip()
         cells = [mark, Text(shorten(result.prompt, 70))]
         cells += [Text(shorten(result.before or "(empty)", 32))] if compared else []
         cells += [Text(answer, style="green" if result.right else "red" if result.right is False else "")]

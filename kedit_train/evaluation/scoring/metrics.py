@@ -75,8 +75,8 @@ def summarize(
     - ``generated``: the score under the report's first protocol (the headline score). With the default protocol
       "exact", it is the fraction of probes with a right answer. For locality with ``against_unedited``, it is the
       fraction of answers that are equal to the unedited model's answers;
-    - ``leading``, ``exact``, ``wild`` and ``probability``: the score under each of these protocols that is in
-      ``protocols``. If "exact" is the only protocol, the key ``exact`` is left out, because ``generated`` is this
+    - ``leading``, ``exact``, ``wild`` and ``probability``: the score under this protocol, if ``protocols`` contains
+      it. If "exact" is the only protocol, the key ``exact`` is left out, because ``generated`` is this
       score;
     - ``magnitude`` (with the protocol "probability"): the mean difference between the probabilities per token of two
       answers. For reliability and generality, it is P(new answer) - P(old answer). For locality, it is P(right answer
