@@ -91,7 +91,7 @@ class SaveDelta(EditCallback):
         ...     edit.before_step()
         ...     model(input_ids=ids, labels=ids).loss.backward()
         ...     optimizer.step()
-        delta: ... (1 tensors, ... MB, step 1; its weights equal the trained ones bit for bit)
+        delta: ... (1 tensor, ... MB, step 1; its weights equal the trained ones bit for bit)
         >>> list(EditDelta.load(path).changes)
         ['model.layers.2.mlp.down_proj.weight']
         >>> folder.cleanup()

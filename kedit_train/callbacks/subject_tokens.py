@@ -164,7 +164,7 @@ class SubjectTokens(EditCallback):
             warn(
                 "a training example begins with a subject of only one token. Most models store nothing about a subject "
                 "at the first position, so this example is trained at all tokens of its prompt instead of at the "
-                "subject, which may change more of the other answers; reword the prompt so that its subject comes later."
+                "subject, and more of the other answers may change; reword the prompt so that its subject comes later."
             )
         if positions and not self._warned and positions.rows >= _EXAMPLES and not positions.found:
             self._warned = True

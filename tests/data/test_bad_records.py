@@ -165,8 +165,8 @@ def test_names_of_fields_cannot_make_a_message_long(name: str, tmp_path: Path) -
 def test_an_unknown_field_is_an_error_in_the_format_of_this_package(tmp_path: Path) -> None:
     path = write(tmp_path / "f.json", json.dumps([GOOD["edits"], {**GOOD["edits"], "rephrasing": ["r"]}]))
     assert raised(path) == (
-        f"{path}, record 2: unknown field 'rephrasing', did you mean 'rephrases'? (known fields: aliases, id, locality, "
-        "old_target, portability, prompt, rephrases, subject, target); rename or remove the field, or pass "
+        f"{path}, record 2: unknown field 'rephrasing', did you mean 'rephrases'? (known fields: aliases, id, "
+        "locality, old_target, portability, prompt, rephrases, subject, target); rename or remove the field, or pass "
         'on_error="skip" to leave out records with errors'
     )
 

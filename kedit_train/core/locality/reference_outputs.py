@@ -204,7 +204,7 @@ class ReferenceOutputs:
         """
         if state["inputs"] != hash_model_inputs(self.outputs.items):
             raise EditError(
-                f"the checkpoint was written with other {self.outputs.argument}; resume with those of the checkpoint, or "
+                f"the checkpoint was written with other {self.outputs.argument}; resume with the same ones, or "
                 "start a new run."
             )
         self.before = [state["outputs"][str(index)] for index in range(len(self.outputs.items))]
