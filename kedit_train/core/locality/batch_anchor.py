@@ -63,7 +63,7 @@ class AnchorTerm:
         limit = sys.maxsize if cache.memory_bytes is None else cache.memory_bytes
         self.store = HiddenStateStore(limit, cache.directory)
         self.examples = self.hits = 0
-        self.last_step = -1
+        self.last_step: int = -1
         self._reference_projection = run.reference_head()
         self._sum, self._tokens = torch.zeros(()), 0
 

@@ -36,7 +36,7 @@ class ActiveExamples:
     def __init__(self, recheck: int, probability: float | None) -> None:
         self.recheck, self.probability = recheck, probability
         self.learned: dict[str, list[float]] = {}
-        self.seconds_saved = 0.0
+        self.seconds_saved: float = 0.0
         self._started, self._computed_tokens = 0.0, 0
         self._keys: list[str] = []
         self._reset_counts()

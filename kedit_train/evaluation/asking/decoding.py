@@ -79,11 +79,11 @@ class PromptBatch:
         batch = collate(encoded, pad_id=pad_id, padding_side="left")
         device = model_device(model)
         self.model, self.cache = model, new_cache(model)
-        self.cache_argument = cache_argument(base_model(model)) or ""
+        self.cache_argument: str = cache_argument(base_model(model)) or ""
         self.ids, self.mask = batch["input_ids"].to(device), batch["attention_mask"].to(device)
-        self.unread = self.ids.shape[1]
-        self.takes_positions = accepts_argument(model, "position_ids") and not uses_prompt_learning(model)
-        self.takes_logits_to_keep = accepts_argument(model, "logits_to_keep") and not uses_prompt_learning(model)
+        self.unread: int = self.ids.shape[1]
+        self.takes_positions: bool = accepts_argument(model, "position_ids") and not uses_prompt_learning(model)
+        self.takes_logits_to_keep: bool = accepts_argument(model, "logits_to_keep") and not uses_prompt_learning(model)
 
     def next_logits(self) -> Tensor:
         """Return the logits of the next token, [sequences, vocabulary] in fp32."""

@@ -66,7 +66,7 @@ class AnswerEnd:
         self, model: Any, tokenizer: Any, stops: Sequence[str] = LINE_BREAK, prompt_format: PromptFormat = "plain"
     ) -> None:
         self.ids, self.tokenizer, self.cut_at = set(end_token_ids(model, tokenizer)), tokenizer, tuple(stops)
-        self.thinks = thinks(prompt_format)
+        self.thinks: bool = thinks(prompt_format)
         # Thoughts have several lines, so a line break must not end the generation.
         self.stops = () if self.thinks else self.cut_at
         turn_end = end_id(tokenizer, prompt_format)

@@ -54,7 +54,7 @@ class RouterDivergence:
         prompt_format: PromptFormat = "plain",
         batch_size: int = 64,
     ) -> None:
-        self.layers = len(routers(model))
+        self.layers: int = len(routers(model))
         if not self.layers:
             return
         self._pad_id, self._batch_size = pad_token_id(tokenizer), batch_size
