@@ -14,6 +14,9 @@ With ``--keep null_space``, ``NullSpace`` reads the texts before the first edit.
 edit. Later edits then hardly change the outputs of the edited layers on the texts and on the earlier edits. No learning
 rate is needed.
 
+With ``--subject_tokens``, the weights are trained only at the tokens of the subject of each edit. The model then gives
+the new answer to more rephrased prompts. This option needs a pretrained model and edits with subjects.
+
 With ``--keep kl``, ``KLLocality`` keeps the predictions of the unedited model on the texts, and the answers of all
 earlier edits. ``NormBall`` keeps the weights within a ball around the unedited weights. With many edits, the ball
 protects knowledge that the texts do not contain. For models with a few million parameters, ``kl`` is better than
@@ -49,6 +52,7 @@ from kedit_train.callbacks import (
     PolyakStep,
     PrefixCache,
     StopWhenEdited,
+    SubjectTokens,
     Texts,
     TokenLoss,
 )
@@ -76,6 +80,11 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
         "--texts", help="a file of texts on which the model should not change (world has its own texts)"
     )
     parser.add_argument("--keep", choices=[KL, NULL_SPACE], help="how to keep other answers; see above for the default")
+    parser.add_argument(
+        "--subject_tokens",
+        action="store_true",
+        help="for null_space: train only at the tokens of the subject; the edits need a subject",
+    )
     parser.add_argument("--texts_per_step", type=int, help="for kl: texts of the penalty per step; default: 8")
     parser.add_argument("--output_dir", default="runs/one_by_one")
     parser.add_argument("--learning_rate", type=float, help="for kl; default: 6e-4")
@@ -107,9 +116,10 @@ def constraints(texts: str, ball: float, seed: int = 0, texts_per_step: int = TE
     ]
 
 
-def null_space(texts: str, seed: int = 0) -> list[EditCallback]:
+def null_space(texts: str, seed: int = 0, subject_tokens: bool = False) -> list[EditCallback]:
     """Return the callbacks that train an edit with PolyakStep and keep other answers with NullSpace."""
     return [
+        *([SubjectTokens()] if subject_tokens else []),
         ParameterScope("0.5-0.8", modules="mlp.down_proj"),
         TokenLoss(reduction="sample"),
         StopWhenEdited(loss=0.01),
@@ -131,7 +141,7 @@ def callbacks(given: argparse.Namespace) -> list[EditCallback]:
     """Return the callbacks of all edits."""
     texts, way = given.texts or world.NAME, kept_by(given)
     if way == NULL_SPACE:
-        return null_space(texts, given.seed)
+        return null_space(texts, given.seed, given.subject_tokens)
     if way is None:
         return learning()
     ball = BALL if given.ball is None else given.ball
@@ -156,6 +166,10 @@ def check(given: argparse.Namespace) -> None:
             raise EditError(
                 f"--{name} is an option of --keep kl, but --keep is null_space; leave it out, or set --keep kl."
             )
+    if given.subject_tokens and kept_by(given) != NULL_SPACE:
+        raise EditError(
+            "--subject_tokens needs --keep null_space and a pretrained model; leave it out, or set --keep null_space."
+        )
     if not given.plain and given.texts is None and (given.model, given.edits) != (world.NAME, world.NAME):
         raise EditError(
             "--texts is missing; give a file of texts on which your model should not change (.txt, one text per line). "

@@ -41,13 +41,19 @@ RECIPES = (
 )  # fmt: skip
 # Callbacks, learning rate and epochs of this recipe are those of recipes/one_by_one.py.
 ONE_BY_ONE = "one_by_one"
+# The same with the option --subject_tokens.
+ONE_BY_ONE_SUBJECT = "one_by_one_subject"
 # Methods without a file of their own, and the recipe whose settings they share: LowCurvature in place of NullSpace, and
 # LoRA without callbacks.
-VARIANTS = {ONE_BY_ONE: "kedit_default", "low_curvature": "null_space", "plain_lora": "overtone_lora"}
+VARIANTS = {
+    **dict.fromkeys((ONE_BY_ONE, ONE_BY_ONE_SUBJECT), "kedit_default"),
+    "low_curvature": "null_space",
+    "plain_lora": "overtone_lora",
+}
 # The pretrained model is a hundred times as large as the world, so fewer recipes are compared on it.
 ON_SMOLLM2 = (
     "ft_m", "locft_bf", "overtone", "plain_lora", "overtone_lora", "kl_locality", "null_space", "low_curvature",
-    "replay", "second_order", "kedit_default", "subject_tokens", "one_by_one",
+    "replay", "second_order", "kedit_default", "subject_tokens", ONE_BY_ONE, ONE_BY_ONE_SUBJECT,
 )  # fmt: skip
 # Which modes a recipe is compared in, if not in all.
 ONLY = {
@@ -55,8 +61,9 @@ ONLY = {
     "second_order": ("batch",),
     "subject_tokens": ("batch",),
     ONE_BY_ONE: ("single", "sequential"),
+    ONE_BY_ONE_SUBJECT: ("single", "sequential"),
 }
-ALL_MODES_ON_SMOLLM2 = ("ft_m", "overtone", "kl_locality", ONE_BY_ONE)
+ALL_MODES_ON_SMOLLM2 = ("ft_m", "overtone", "kl_locality", ONE_BY_ONE, ONE_BY_ONE_SUBJECT)
 # The learning rates of the recipes were chosen on the world. These were chosen on SmolLM2 with 15 edits of a held-out
 # draw (compare.py tune --model smollm2 --edits 15 --texts 100), for ft_m, overtone, null_space and overtone_lora: the
 # rate with the largest product of reliability, PS and the fraction of other facts whose first tokens are kept. The
@@ -79,7 +86,10 @@ OTHERWISE = {"smollm2": {"kl_locality": "trainer.callbacks.KLLocality.batch_size
 # How many of its texts a recipe reads on a model, so that a run takes minutes. The first 600 are passages of
 # prose and statements of facts in turn, and all others are statements.
 TEXTS: dict[str, dict[str, int]] = {
-    "smollm2": {"second_order": 700, "null_space": 700, "low_curvature": 700, "kl_locality": 700, "one_by_one": 1000}
+    "smollm2": {
+        **dict.fromkeys(("second_order", "null_space", "low_curvature", "kl_locality"), 700),
+        **dict.fromkeys((ONE_BY_ONE, ONE_BY_ONE_SUBJECT), 1000),
+    }
 }
 # A single edit is trained with a fifth of the learning rate and ten times the KL weight, because the gradients of a
 # batch partly cancel and those of one edit do not. Its texts for the KL penalty are the most similar ones.
@@ -193,11 +203,11 @@ class Method:
         self.adapter, self.epochs = config.model.init_args.lora, config.trainer.max_epochs
         self.beside: dict[str | None, list[str]] = {}
         self.made: list[Any] = variant(name, list(recipe.callbacks(config)))
-        if name == ONE_BY_ONE:
+        if name in (ONE_BY_ONE, ONE_BY_ONE_SUBJECT):
             script = one_by_one()
             pretrained = setting.name.startswith("smollm2")
             self.made = (
-                script.null_space(world.NAME)
+                script.null_space(world.NAME, subject_tokens=name == ONE_BY_ONE_SUBJECT)
                 if pretrained
                 else [*script.learning(), *script.constraints(world.NAME, script.BALL)]
             )

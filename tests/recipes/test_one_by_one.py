@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from real_models import smollm2
 
 from kedit_train import EditDataset, EditDelta, EditError, catalog, evaluate, world
 
@@ -60,6 +61,31 @@ def test_other_models_than_the_bundled_one_use_a_null_space() -> None:
     assert script["kept_by"](script["arguments"](["--plain"])) is None
 
 
+def test_edits_can_be_trained_at_the_tokens_of_their_subjects() -> None:
+    script = runpy.run_path(str(SCRIPT))
+    for options, added in (
+        (["--keep", "null_space"], set()),
+        (["--keep", "null_space", "--subject_tokens"], {"SubjectTokens"}),
+    ):
+        names = [type(callback).__name__ for callback in script["callbacks"](script["arguments"](options))]
+        assert set(names) == added | {
+            "ParameterScope", "TokenLoss", "StopWhenEdited", "NullSpace", "PolyakStep", "PrefixCache"
+        }  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_pretrained_model_learns_edits_at_the_tokens_of_their_subjects(tmp_path: Path) -> None:
+    files = catalog.folder("recipes") / "smollm2"
+    done = call(
+        tmp_path, "--model", str(smollm2()), "--edits", str(files / "facts.jsonl"), "--texts", str(files / "keep.txt"),
+        "--subject_tokens", "--limit", "3",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "edit/scope/subject_examples" in done.stdout or "SubjectTokens" in done.stdout
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["metrics"]["reliability"]["generated"]["value"] == 1.0
+
+
 @pytest.mark.slow
 def test_the_texts_of_the_world_can_be_named(tmp_path: Path) -> None:
     assert call(tmp_path, "--texts", "world", "--limit", "1").returncode == 0
@@ -105,6 +131,8 @@ def test_edits_learned_before_an_error_are_kept(tmp_path: Path) -> None:
         (("--output_dir", str(SCRIPT)), f"because {SCRIPT} is not a folder"),
         (("--ball", "0"), "--ball must be > 0, got 0."),
         (("--texts_per_step", "1"), "--texts_per_step must be >= 2, got 1."),
+        (("--subject_tokens",), "--subject_tokens needs --keep null_space and a pretrained model"),
+        (("--subject_tokens", "--plain"), "--subject_tokens needs --keep null_space and a pretrained model"),
     ],
 )
 def test_a_wrong_argument_is_one_line_before_the_model_is_loaded(
