@@ -130,6 +130,7 @@ EDITORS = {
     "recipe_ft_m": Editor("`ft_m`", KEDIT_TRAIN, "batch"),
     "gated": Editor("`GatedAdapter`", KEDIT_TRAIN, "batch", memory=True),
     "one_by_one": Editor("`one_by_one.py`", KEDIT_TRAIN, "sequential"),
+    "one_by_one_subject": Editor("`one_by_one.py --subject_tokens`", KEDIT_TRAIN, "sequential"),
 }  # fmt: skip
 
 
