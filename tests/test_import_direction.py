@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "kedit_train"
 LAYERS = (
     (
         *("errors", "arguments", "optional", "owners", "atomic_write", "gguf_file", "evaluation_mode", "version"),
-        *("paths", "quantized_layers", "compatibility"),
+        *("paths", "plural", "quantized_layers", "compatibility"),
         *("safetensors_header", "safetensors_file", "functional", "edit"),
     ),
     ("world",),

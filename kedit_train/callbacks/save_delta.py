@@ -28,6 +28,7 @@ from kedit_train.delta.quantized import check_not_quantized
 from kedit_train.delta.weight_source import Weights, named_tensors, persistent_buffers, weights_of
 from kedit_train.errors import EditError, warn
 from kedit_train.paths import SAFETENSORS_PATH
+from kedit_train.plural import plural
 
 # Maximum number of prompts for which logits are compared.
 _PROMPTS = 8
@@ -254,8 +255,8 @@ class SaveDelta(EditCallback):
             moment = f"step {step}" if evaluated else f"step {step}, the last step, because no step was evaluated"
             if self.upload:
                 run.host.log_file(self.path, "delta")
-            tensors = f"{len(delta)} tensor{'s' * (len(delta) != 1)}"
-            print(f"delta: {self.path} ({tensors}, {delta.nbytes / 1e6:.2f} MB, {moment}; {checked})")
+            size = f"{plural(len(delta), 'tensor')}, {delta.nbytes / 1e6:.2f} MB"
+            print(f"delta: {self.path} ({size}, {moment}; {checked})")
 
     def _check(
         self,

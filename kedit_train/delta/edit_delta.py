@@ -22,6 +22,7 @@ from kedit_train.delta.weight_source import grouped, named_tensors, weights_of
 from kedit_train.errors import EditError
 from kedit_train.evaluation.reporting.html_elements import fragment, paragraph
 from kedit_train.evaluation.reporting.html_report import drift_section
+from kedit_train.plural import plural
 
 State = Literal["base", "edited"]
 
@@ -287,8 +288,7 @@ class EditDelta:
     def __repr__(self) -> str:
         layouts = ", ".join(f"{name} ({change.layout})" for name, change in list(self.changes.items())[:3])
         more = ", ..." if len(self) > 3 else ""
-        count = "1 tensor" if len(self) == 1 else f"{len(self)} tensors"
-        return f"EditDelta({count}, {self.nbytes / 1e6:.2f} MB: {layouts}{more})"
+        return f"EditDelta({plural(len(self), 'tensor')}, {self.nbytes / 1e6:.2f} MB: {layouts}{more})"
 
     def _repr_html_(self) -> str:
         return fragment(paragraph(repr(self)) + "".join(drift_section(self.norms())))

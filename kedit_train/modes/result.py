@@ -21,6 +21,7 @@ from kedit_train.evaluation.scoring.metrics import QUESTIONS
 from kedit_train.modes.html_results import render_mode_result
 from kedit_train.modes.retention_curve import draw_retention_curve
 from kedit_train.modes.schedule import Mode
+from kedit_train.plural import plural
 
 # The lines below the table of a result.
 NOTES = (
@@ -129,7 +130,7 @@ class ModeResult:
     def __repr__(self) -> str:
         """Return one line: the mode, the number of checkpoints, and the scores after all edits."""
         count = len(self.checkpoints)
-        return f"ModeResult({self.mode}, {count} checkpoint{'s' * (count != 1)}, {self.report!r})"
+        return f"ModeResult({self.mode}, {plural(count, 'checkpoint')}, {self.report!r})"
 
     @property
     def title(self) -> str:

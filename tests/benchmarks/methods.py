@@ -39,31 +39,29 @@ RECIPES = (
     "ft_m", "ft_l", "ft_l_inf", "low_layer", "masked_fisher", "locft_bf", "overtone", "overtone_lora", "kl_locality",
     "null_space", "replay", "f_learning", "kedit_default", "second_order", "one_by_one",
 )  # fmt: skip
-# Callbacks, learning rate and epochs of this recipe are those of recipes/one_by_one.py.
-ONE_BY_ONE = "one_by_one"
-# The same with the option --subject_tokens.
-ONE_BY_ONE_SUBJECT = "one_by_one_subject"
+# Callbacks, learning rate and epochs of these recipes are those of recipes/one_by_one.py, without and with its option
+# --subject_tokens.
+ONE_BY_ONE, ONE_BY_ONE_SUBJECT = SCRIPTED = ("one_by_one", "one_by_one_subject")
 # Methods without a file of their own, and the recipe whose settings they share: LowCurvature in place of NullSpace, and
 # LoRA without callbacks.
 VARIANTS = {
-    **dict.fromkeys((ONE_BY_ONE, ONE_BY_ONE_SUBJECT), "kedit_default"),
+    **dict.fromkeys(SCRIPTED, "kedit_default"),
     "low_curvature": "null_space",
     "plain_lora": "overtone_lora",
 }
 # The pretrained model is a hundred times as large as the world, so fewer recipes are compared on it.
 ON_SMOLLM2 = (
     "ft_m", "locft_bf", "overtone", "plain_lora", "overtone_lora", "kl_locality", "null_space", "low_curvature",
-    "replay", "second_order", "kedit_default", "subject_tokens", ONE_BY_ONE, ONE_BY_ONE_SUBJECT,
+    "replay", "second_order", "kedit_default", "subject_tokens", *SCRIPTED,
 )  # fmt: skip
 # Which modes a recipe is compared in, if not in all.
 ONLY = {
     "kedit_default": ("batch",),
     "second_order": ("batch",),
     "subject_tokens": ("batch",),
-    ONE_BY_ONE: ("single", "sequential"),
-    ONE_BY_ONE_SUBJECT: ("single", "sequential"),
+    **dict.fromkeys(SCRIPTED, ("single", "sequential")),
 }
-ALL_MODES_ON_SMOLLM2 = ("ft_m", "overtone", "kl_locality", ONE_BY_ONE, ONE_BY_ONE_SUBJECT)
+ALL_MODES_ON_SMOLLM2 = ("ft_m", "overtone", "kl_locality", *SCRIPTED)
 # The learning rates of the recipes were chosen on the world. These were chosen on SmolLM2 with 15 edits of a held-out
 # draw (compare.py tune --model smollm2 --edits 15 --texts 100), for ft_m, overtone, null_space and overtone_lora: the
 # rate with the largest product of reliability, PS and the fraction of other facts whose first tokens are kept. The
@@ -88,7 +86,7 @@ OTHERWISE = {"smollm2": {"kl_locality": "trainer.callbacks.KLLocality.batch_size
 TEXTS: dict[str, dict[str, int]] = {
     "smollm2": {
         **dict.fromkeys(("second_order", "null_space", "low_curvature", "kl_locality"), 700),
-        **dict.fromkeys((ONE_BY_ONE, ONE_BY_ONE_SUBJECT), 1000),
+        **dict.fromkeys(SCRIPTED, 1000),
     }
 }
 # A single edit is trained with a fifth of the learning rate and ten times the KL weight, because the gradients of a
@@ -203,12 +201,12 @@ class Method:
         self.adapter, self.epochs = config.model.init_args.lora, config.trainer.max_epochs
         self.beside: dict[str | None, list[str]] = {}
         self.made: list[Any] = variant(name, list(recipe.callbacks(config)))
-        if name in (ONE_BY_ONE, ONE_BY_ONE_SUBJECT):
+        if name in SCRIPTED:
             script = one_by_one()
-            pretrained = setting.name.startswith("smollm2")
+            subject_tokens = name == ONE_BY_ONE_SUBJECT
             self.made = (
-                script.null_space(world.NAME, subject_tokens=name == ONE_BY_ONE_SUBJECT)
-                if pretrained
+                script.null_space(world.NAME, subject_tokens=subject_tokens)
+                if subject_tokens or setting.name.startswith("smollm2")
                 else [*script.learning(), *script.constraints(world.NAME, script.BALL)]
             )
             own: float = script.LEARNING_RATE
@@ -218,7 +216,7 @@ class Method:
                 self.lr *= ALONE_RATE
                 self.made = [callback for callback in self.made if not isinstance(callback, NormBall)]
         for callback in self.made:
-            if isinstance(callback, KLLocality) and alone and name != ONE_BY_ONE:
+            if isinstance(callback, KLLocality) and alone and name not in SCRIPTED:
                 callback.weight *= ALONE_KL
             if isinstance(callback, KLLocality) and mode == "single":
                 callback.texts = replace(callback.texts, nearest=NEAREST)

@@ -26,7 +26,7 @@ class Publisher(EditCallback):
 
 
 def stopped_at(callbacks: list[Any], steps: int = 6) -> int | None:
-    """Return the step after which a plain loop is told to stop; None if it never is."""
+    """Return the step at which the callbacks end a plain loop, or None if they do not end it."""
     model = torch.nn.Linear(2, 2)
     with editing(model, callbacks) as edit:
         optimizer = torch.optim.SGD(edit.parameters(), lr=0.1)

@@ -1,4 +1,4 @@
-"""ForgetFirst against training and subtraction by hand, each of its limits, and the constraints beside it."""
+"""ForgetFirst is compared with training and subtraction by hand. Its limits and its use with constraints are tested."""
 
 from __future__ import annotations
 

@@ -1,16 +1,25 @@
-"""A trainer, given responses, and a data module of sampled responses, for tests."""
+"""A trainer, given responses, and a data module of sampled responses, for tests, with the warnings to ignore."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import lightning.pytorch as L
+import pytest
 
 from kedit_train import world
 from kedit_train.control import ResponseDataModule, SamplingOptions, ShortAnswer
 
+# Warnings of Lightning that do not matter here.
+IGNORED = [
+    pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec"),
+    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
+    pytest.mark.filterwarnings("ignore:.*Total length of `list`"),
+]
 PROMPTS = ["The", *(edit.prompt for edit in world.edits(3))]
 SHORT = SamplingOptions(samples=2, max_new_tokens=4)
+EIGHT_PROMPTS = ["The", *(edit.prompt for edit in world.edits(7))]
+SIX_TOKENS = SamplingOptions(samples=2, max_new_tokens=6)
 
 
 def trainer(**options: Any) -> L.Trainer:

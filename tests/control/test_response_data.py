@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from control.response_runs import SHORT, data_module, trainer
+from control.response_runs import IGNORED, SHORT, data_module, trainer
 from lightning.pytorch.callbacks import EarlyStopping
 
 from kedit_train import world
@@ -30,11 +30,7 @@ from kedit_train.errors import EditError
 from kedit_train.evaluation.asking.batching import DivergedError
 from kedit_train.evaluation.asking.generate import generate_answers
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec"),
-    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
-    pytest.mark.filterwarnings("ignore:.*Total length of `list`"),
-]
+pytestmark = IGNORED
 LONG = "word " * 3000
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from control.response_runs import data_module, trainer
+from control.response_runs import IGNORED, data_module, trainer
 
 from kedit_train.control import (
     SamplingOptions,
@@ -20,11 +20,7 @@ from kedit_train.control.responses import sample_responses
 from kedit_train.control.state_shards import StateShards
 from kedit_train.errors import EditError
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec"),
-    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
-    pytest.mark.filterwarnings("ignore:.*Total length of `list`"),
-]
+pytestmark = IGNORED
 
 
 def test_another_chat_template_has_other_states(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from control.response_runs import records, trainer
+from control.response_runs import EIGHT_PROMPTS, IGNORED, SIX_TOKENS, records, trainer
 
 from kedit_train import world
 from kedit_train.control import PatternReward, ResponseDataModule, SamplingOptions, ShortAnswer, ValueModule
@@ -18,22 +18,16 @@ from kedit_train.control.responses import encode_responses, sample_responses
 from kedit_train.control.sites import find_sites
 from kedit_train.control.state_shards import read_states
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec"),
-    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
-    pytest.mark.filterwarnings("ignore:.*Total length of `list`"),
-]
-PROMPTS = ["The", *(edit.prompt for edit in world.edits(7))]
-SHORT = SamplingOptions(samples=2, max_new_tokens=6)
+pytestmark = IGNORED
 
 
 def test_samples_do_not_depend_on_the_batch_and_follow_the_seed() -> None:
     model, tokenizer = world.load()
     options = {size: SamplingOptions(max_new_tokens=8, batch_size=size) for size in (1, 8)}
-    one, eight = (sample_responses(model, tokenizer, PROMPTS, options[size]) for size in (1, 8))
+    one, eight = (sample_responses(model, tokenizer, EIGHT_PROMPTS, options[size]) for size in (1, 8))
     assert one == eight
-    assert one[2:] == sample_responses(model, tokenizer, PROMPTS[2:], options[8], first=2)
-    assert one != sample_responses(model, tokenizer, PROMPTS, SamplingOptions(max_new_tokens=8, seed=1))
+    assert one[2:] == sample_responses(model, tokenizer, EIGHT_PROMPTS[2:], options[8], first=2)
+    assert one != sample_responses(model, tokenizer, EIGHT_PROMPTS, SamplingOptions(max_new_tokens=8, seed=1))
     assert all(1 <= len(response.ids) <= 8 for response in one)
 
 
@@ -83,18 +77,18 @@ def test_shards_are_read_again_and_written_again_when_something_changes(
 
     def run(sampling: SamplingOptions, reward: Any = None) -> tuple[ResponseDataModule, dict[Path, int]]:
         data = ResponseDataModule(
-            PROMPTS, reward=reward or ShortAnswer(8), sampling=sampling, cache_dir=str(tmp_path), validation=0.25
+            EIGHT_PROMPTS, reward=reward or ShortAnswer(8), sampling=sampling, cache_dir=str(tmp_path), validation=0.25
         )
         trainer().fit(ValueModule(width=8), data)
         return data, {path: path.stat().st_mtime_ns for path in sorted(tmp_path.iterdir())}
 
-    first, files = run(SHORT)
+    first, files = run(SIX_TOKENS)
     assert all(re.fullmatch(r"states-[0-9a-f]{16}-\d{5}\.safetensors", path.name) for path in files)
     assert sorted(path.name.split("-")[2] for path in files) == [f"{i:05d}.safetensors" for i in range(4)]
     assert len(first.shards or ()) == 16
     # An interrupted run has only the first files.
     list(files)[-1].unlink()
-    second, again = run(SHORT, PatternReward("a"))
+    second, again = run(SIX_TOKENS, PatternReward("a"))
     assert list(files.values())[:-1] == list(again.values())[:-1]
     assert second.shards is not None
     assert first.shards is not None
@@ -102,7 +96,7 @@ def test_shards_are_read_again_and_written_again_when_something_changes(
     # A damaged file, or other settings: the states are computed again.
     oldest = next(iter(files))
     oldest.write_bytes(b"damaged")
-    assert run(SHORT)[1][oldest] != files[oldest]
+    assert run(SIX_TOKENS)[1][oldest] != files[oldest]
     # Runs with other settings have their own files.
     before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
     _, other = run(SamplingOptions(samples=2, max_new_tokens=6, seed=3))
@@ -111,13 +105,13 @@ def test_shards_are_read_again_and_written_again_when_something_changes(
 
 
 def test_all_responses_to_a_prompt_are_in_the_same_part() -> None:
-    data = ResponseDataModule(PROMPTS, reward=ShortAnswer(8), sampling=SHORT, validation=0.25)
+    data = ResponseDataModule(EIGHT_PROMPTS, reward=ShortAnswer(8), sampling=SIX_TOKENS, validation=0.25)
     trainer().fit(ValueModule(width=8), data)
-    owner = [prompt for prompt in PROMPTS for _ in range(2)]
+    owner = [prompt for prompt in EIGHT_PROMPTS for _ in range(2)]
     train, held_out = ({owner[i] for i in part} for part in (data.train_indices, data.validation_indices))
     assert len(held_out) == 2
     assert not train & held_out
-    assert train | held_out == set(PROMPTS)
+    assert train | held_out == set(EIGHT_PROMPTS)
 
 
 def test_records_are_read_from_files(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from control.response_runs import records, trainer
+from control.response_runs import EIGHT_PROMPTS, IGNORED, SIX_TOKENS, records, trainer
 from lightning.pytorch.loggers import CSVLogger
 
 from kedit_train import world
@@ -28,13 +28,7 @@ from kedit_train.control.state_shards import read_states
 from kedit_train.errors import EditError
 from kedit_train.evaluation.asking.generate import generate_answers
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec"),
-    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
-    pytest.mark.filterwarnings("ignore:.*Total length of `list`"),
-]
-PROMPTS = ["The", *(edit.prompt for edit in world.edits(7))]
-SHORT = SamplingOptions(samples=2, max_new_tokens=6)
+pytestmark = IGNORED
 
 
 def test_the_value_of_given_responses_is_learned(tmp_path: Path) -> None:
@@ -75,8 +69,8 @@ def test_the_target_network_follows_slowly() -> None:
 
 
 def test_metrics_reach_the_loggers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    data = ResponseDataModule(PROMPTS[:5], reward=ShortAnswer(8), sampling=SHORT, validation=0.25)
-    metrics = ControlMetrics(PROMPTS[5:], step_size=9.0, radius=0.1, first_token=True, max_new_tokens=6)
+    data = ResponseDataModule(EIGHT_PROMPTS[:5], reward=ShortAnswer(8), sampling=SIX_TOKENS, validation=0.25)
+    metrics = ControlMetrics(EIGHT_PROMPTS[5:], step_size=9.0, radius=0.1, first_token=True, max_new_tokens=6)
     logger = CSVLogger(tmp_path, name="", version="")
     run = trainer(max_epochs=2, logger=logger, callbacks=[metrics], log_every_n_steps=1)
     module = ValueModule(width=8)
@@ -88,18 +82,18 @@ def test_metrics_reach_the_loggers(tmp_path: Path, capsys: pytest.CaptureFixture
     assert {f"control/{name}" for name in names} <= set(header)
     # The numbers are those of answers that are generated in the same way.
     options: dict[str, Any] = {"max_new_tokens": 6, "stops": ()}
-    plain = generate_answers(module.language_model, module.tokenizer, PROMPTS[5:], **options)
+    plain = generate_answers(module.language_model, module.tokenizer, EIGHT_PROMPTS[5:], **options)
     with controlled(module.language_model, module.value, step_size=9.0, radius=0.1, first_token=True):
-        moved = generate_answers(module.language_model, module.tokenizer, PROMPTS[5:], **options)
+        moved = generate_answers(module.language_model, module.tokenizer, EIGHT_PROMPTS[5:], **options)
     for name, answers in (("before", plain), ("after", moved)):
-        rewards = ShortAnswer(8)(prompts=PROMPTS[5:], completions=[answer.text for answer in answers])
+        rewards = ShortAnswer(8)(prompts=EIGHT_PROMPTS[5:], completions=[answer.text for answer in answers])
         assert metrics.result[f"reward_{name}"] == pytest.approx(sum(rewards) / len(rewards), abs=1e-6)
     assert "reward " in capsys.readouterr().out
 
 
 def test_a_resumed_run_keeps_value_target_and_standardization(tmp_path: Path) -> None:
     def data() -> ResponseDataModule:
-        return ResponseDataModule(PROMPTS[:4], reward=ShortAnswer(8), sampling=SHORT, validation=0.0)
+        return ResponseDataModule(EIGHT_PROMPTS[:4], reward=ShortAnswer(8), sampling=SIX_TOKENS, validation=0.0)
 
     torch.manual_seed(5)
     module = ValueModule(width=8)
@@ -172,14 +166,14 @@ def test_the_metrics_control_only_the_given_layers(monkeypatch: pytest.MonkeyPat
         return dict.fromkeys(names, 0.0)
 
     monkeypatch.setattr("kedit_train.control.control_metrics.measure_control", measure)
-    data = ResponseDataModule(PROMPTS[:3], reward=ShortAnswer(8), sampling=SHORT)
-    metrics = ControlMetrics(PROMPTS[5:], step_size=1.0, layers=[0])
+    data = ResponseDataModule(EIGHT_PROMPTS[:3], reward=ShortAnswer(8), sampling=SIX_TOKENS)
+    metrics = ControlMetrics(EIGHT_PROMPTS[5:], step_size=1.0, layers=[0])
     trainer(callbacks=[metrics]).fit(ValueModule(layers=[0, "head"], width=8), data)
     assert given == [[0]]
 
 
 def test_a_trained_prompt_is_not_measured() -> None:
-    data = ResponseDataModule(PROMPTS, reward=ShortAnswer(), sampling=SHORT)
+    data = ResponseDataModule(EIGHT_PROMPTS, reward=ShortAnswer(), sampling=SIX_TOKENS)
     with pytest.raises(
         EditError, match="ControlMetrics: prompts must not contain a prompt of the ResponseDataModule, got 'The'"
     ):

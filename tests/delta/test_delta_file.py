@@ -1,4 +1,4 @@
-"""Delta files are saved and loaded without loss. Files that were cut short, changed or are no deltas are refused."""
+"""Delta files are saved and loaded without loss. Truncated or changed files, and other files, are errors."""
 
 from __future__ import annotations
 

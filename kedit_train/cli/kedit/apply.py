@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from kedit_train.atomic_write import writing
-from kedit_train.cli.kedit.output import check_new_folder, count_tensors, json_option, naming_models, print_json, size
+from kedit_train.cli.kedit.output import check_new_folder, json_option, naming_models, print_json, size
 from kedit_train.errors import EditError
+from kedit_train.plural import plural
 
 DTYPES = ("float32", "bfloat16", "float16")
 HELP = "write the edited checkpoint from a delta and its base model"
@@ -57,7 +58,7 @@ def run(args: Namespace) -> int:
     if args.json:
         print_json({"out": str(out), "state": "edited", "tensors": len(delta), "bytes": delta.nbytes})
         return 0
-    print(f"edited model: {out} ({count_tensors(len(delta))} changed, delta of {size(delta.nbytes)})")
+    print(f"edited model: {out} ({plural(len(delta), 'tensor')} changed, delta of {size(delta.nbytes)})")
     print(f"evaluate the edited model with: kedit eval {out} EDITS --against {args.model}")
     return 0
 

@@ -7,7 +7,8 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from kedit_train.cli.kedit.output import count_tensors, finite, json_option, new_path, print_json, size
+from kedit_train.cli.kedit.output import finite, json_option, new_path, print_json, size
+from kedit_train.plural import plural
 
 HELP = "merge deltas of one base model (sum, TIES, DARE), or scale or negate one delta"
 EPILOG = """\
@@ -88,7 +89,7 @@ def run(args: Namespace) -> int:
             f"{path} is subtracted: the model moves away from this edit, and edits that are similar to it are "
             "weakened, too, so evaluate them"
         )
-    print(f"merged delta: {out} ({count_tensors(len(merged))}, {size(merged.nbytes)})")
+    print(f"merged delta: {out} ({plural(len(merged), 'tensor')}, {size(merged.nbytes)})")
     return 0
 
 

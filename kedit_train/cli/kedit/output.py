@@ -153,11 +153,6 @@ def finite(text: str) -> float:
     return value
 
 
-def count_tensors(number: int) -> str:
-    """Return ``1 tensor`` or, for example, ``2 tensors``."""
-    return f"{number} tensor{'s' * (number != 1)}"
-
-
 def size(nbytes: int) -> str:
     """Return a readable size, for example ``1.5 MB``."""
     value = float(nbytes)

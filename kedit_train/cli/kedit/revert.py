@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
 
-from kedit_train.cli.kedit.output import check_new_folder, count_tensors, json_option, naming_models, print_json
+from kedit_train.cli.kedit.output import check_new_folder, json_option, naming_models, print_json
+from kedit_train.plural import plural
 
 HELP = "write the base checkpoint, bit for bit, from a delta and the edited checkpoint"
 EPILOG = """\
@@ -33,5 +34,5 @@ def run(args: Namespace) -> int:
     if args.json:
         print_json({"out": str(out), "state": "base", "tensors": len(delta), "bytes": delta.nbytes})
     else:
-        print(f"base model: {out} ({count_tensors(len(delta))} restored)")
+        print(f"base model: {out} ({plural(len(delta), 'tensor')} restored)")
     return 0

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from kedit_train.cli.kedit.output import count_tensors, json_option, new_path, print_json, print_table, size, write_text
+from kedit_train.cli.kedit.output import json_option, new_path, print_json, print_table, size, write_text
+from kedit_train.plural import plural
 
 # The rank of a sparse change is computed only if the change has at most this many rows, or at most this many columns.
 MAX_SIDE = 2048
@@ -83,14 +84,14 @@ def run(args: Namespace) -> int:
     for name, value in _facts(delta.meta):
         print(plain(f"{name:<9} {value}"))
     print()
-    print_table(COLUMNS, [_cells(row) for row in rows], f"{count_tensors(len(rows))}, {size(delta.nbytes)}")
+    print_table(COLUMNS, [_cells(row) for row in rows], f"{plural(len(rows), 'tensor')}, {size(delta.nbytes)}")
     too_large = [
         row
         for row in rows
         if row["layout"] == "entries" and len(row["shape"]) == 2 and row["norm"] and row["rank"] is None
     ]
     if too_large and not args.no_ranks:
-        count = count_tensors(len(too_large))
+        count = plural(len(too_large), "tensor")
         print(f"rank: not computed for {count}: too many rows and columns with changed entries (see kedit show --help)")
     if written:
         print()
@@ -108,7 +109,7 @@ def _page(delta: Any, rows: list[dict[str, Any]]) -> str:
     cells = ([Cell(text=text) for text in _cells(row)] for row in rows)
     parts = [
         "<h1>What did the edit change?</h1>",
-        paragraph(f"{count_tensors(len(rows))}, {size(delta.nbytes)}", "dim"),
+        paragraph(f"{plural(len(rows), 'tensor')}, {size(delta.nbytes)}", "dim"),
     ]
     parts += [*drift_section(delta.norms()), "<h2>Tensors</h2>", table(head, cells), "<h2>About the delta</h2>"]
     facts = ([Cell(text=name, style="dim"), Cell(text=value, style="text")] for name, value in _facts(delta.meta))

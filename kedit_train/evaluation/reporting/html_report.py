@@ -24,6 +24,7 @@ from kedit_train.evaluation.reporting.svg_plots import interval_bar, layer_bars
 from kedit_train.evaluation.reporting.word_diff import mark_changes
 from kedit_train.evaluation.scoring.probe_results import ProbeResult
 from kedit_train.evaluation.scoring.weight_drift import BY_TENSOR
+from kedit_train.plural import plural
 
 # Longer texts are cut, so that one endless answer does not fill the page.
 LONGEST = 600
@@ -57,14 +58,14 @@ def drift_section(norms: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
         if relative
         else "norm of the change"
     )
-    tensors = f"{len(norms)} changed tensor{'s' * (len(norms) != 1)}"
+    tensors = plural(len(norms), "changed tensor")
     yield figure(layer_bars(layers), f"Per layer: {measure}. {tensors}; all others are unchanged.")
 
 
 def _scores(report: ReportData) -> Iterator[str]:
     meta, lines = report.meta, list(score_lines(report))
     edits, total = meta["n_edits"], meta.get("n_edits_in_data", meta["n_edits"])
-    sample = f"a sample of {edits} of {total} edits" if edits < total else f"{edits} edit{'s' * (edits != 1)}"
+    sample = f"a sample of {edits} of {total} edits" if edits < total else plural(edits, "edit")
     yield f"<h1>{HEADING}</h1>"
     yield paragraph(f"{sample} ({meta['data_name']}), {meta['n_probes']} probes. Model: {meta['model']}.", "dim")
     shown = [line for line in lines if line.is_headline and line.edited.value is not None]

@@ -16,6 +16,7 @@ from kedit_train.errors import EditError
 from kedit_train.evaluation.report_data import ReportData
 from kedit_train.evaluation.scoring.bootstrap import Score
 from kedit_train.optional import require
+from kedit_train.plural import plural
 
 # The colors of Okabe and Ito, which color-blind readers can tell apart, each with its own marker.
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -213,4 +214,4 @@ def _check_same_edits(reports: Mapping[str, ReportData]) -> None:
 
 def _edits(report: ReportData) -> str:
     n = report.meta["n_edits"]
-    return f"{n} edit{'s' * (n != 1)} ({report.meta['data_name']})"
+    return f"{plural(n, 'edit')} ({report.meta['data_name']})"

@@ -9,6 +9,7 @@ from html import escape
 from kedit_train.evaluation.reporting.layer_drift import LayerDrift
 from kedit_train.evaluation.reporting.report_lines import format_interval, format_number
 from kedit_train.evaluation.scoring.bootstrap import Score
+from kedit_train.plural import plural
 
 # The colors of Okabe and Ito that can be seen on light and on dark backgrounds.
 COLORS = ("#0084d1", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -66,7 +67,7 @@ def layer_bars(layers: Sequence[LayerDrift]) -> str:
     for row, (layer, value) in enumerate(zip(layers, values, strict=True)):
         y = 4 + 16 * row
         shown = f"{value:.2%}" if relative else f"{value:.3g}"
-        tensors = f"{layer.tensors} tensor{'s' * (layer.tensors != 1)}"
+        tensors = plural(layer.tensors, "tensor")
         title = f"{layer.label}: norm of the change {layer.change:.4g}, {tensors}"
         parts.append(f'<text x="52" y="{y + 9}" text-anchor="end">{escape(layer.label)}</text>')
         width = 240 * value / largest

@@ -22,6 +22,7 @@ from kedit_train.evaluation.reporting.report_lines import (
     table_note,
 )
 from kedit_train.evaluation.scoring.probe_results import ProbeResult
+from kedit_train.plural import plural
 
 
 def render_report(report: ReportData, answers: int) -> Group:
@@ -67,7 +68,7 @@ def _scores_table(report: ReportData) -> Table:
     compared = report.unedited is not None
     edits, probes = report.meta["n_edits"], report.meta["n_probes"]
     total = report.meta.get("n_edits_in_data", edits)
-    sample = f"a sample of {edits} of {total} edits" if edits < total else f"{edits} edit{'s' * (edits != 1)}"
+    sample = f"a sample of {edits} of {total} edits" if edits < total else plural(edits, "edit")
     table = _new_table(f"{HEADING} {sample}, {probes} probes ({report.meta['data_name']})")
     table.add_column("", overflow="fold", min_width=15)
     if compared:
