@@ -33,6 +33,7 @@ from kedit_train.callbacks import (
     SecondOrderLocality,
     StopWhenEdited,
     SubjectTokens,
+    SubjectValues,
     TokenLoss,
     TokenSmoothing,
     WeightAnchor,
@@ -55,6 +56,7 @@ CALLBACKS: dict[str, type[EditCallback]] = {
     "parameter_scope": ParameterScope,
     "gradient_mask": GradientMask,
     "subject_tokens": SubjectTokens,
+    "subject_values": SubjectValues,
     "gated_adapter": GatedAdapter,
     "forget_first": ForgetFirst,
     "token_loss": TokenLoss,
@@ -135,6 +137,9 @@ class EditSFTConfig(SFTConfig):
     gradient_mask: Arguments = field(default=None, metadata=_help("Which entries of the weight matrices may change?"))
     subject_tokens: Arguments = field(
         default=None, metadata=_help("Train the weights at the tokens of the subject only.")
+    )
+    subject_values: Arguments = field(
+        default=None, metadata=_help("Train what the layers add at the subject of each edit.")
     )
     gated_adapter: Arguments = field(default=None, metadata=_help("For which prompts may a LoRA adapter act?"))
     prompt_format: Arguments = field(

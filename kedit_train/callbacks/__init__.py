@@ -23,6 +23,7 @@ from kedit_train.callbacks.save_delta import SaveDelta
 from kedit_train.callbacks.second_order_locality import SecondOrderLocality
 from kedit_train.callbacks.stop_when_edited import StopWhenEdited
 from kedit_train.callbacks.subject_tokens import SubjectTokens
+from kedit_train.callbacks.subject_values import SubjectValues
 from kedit_train.callbacks.token_loss import TokenLoss
 from kedit_train.callbacks.token_smoothing import TokenSmoothing
 from kedit_train.callbacks.weight_anchor import WeightAnchor
@@ -58,6 +59,7 @@ __all__ = [
     "SecondOrderLocality",
     "StopWhenEdited",
     "SubjectTokens",
+    "SubjectValues",
     "Teacher",
     "Texts",
     "TokenLoss",

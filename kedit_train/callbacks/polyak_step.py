@@ -96,7 +96,10 @@ class PolyakStep(EditCallback):
         return {"optimizer_step"}
 
     def conflicts(self) -> Sequence[Requirement]:
-        message = "another callback also replaces the optimizer step; keep only one of PolyakStep, SecondOrderLocality."
+        message = (
+            "another callback also replaces the optimizer step; keep only one of PolyakStep, SecondOrderLocality and "
+            "SubjectValues."
+        )
         return [Requirement(("optimizer_step",), message)]
 
     def requires(self) -> Sequence[Requirement]:
@@ -107,7 +110,7 @@ class PolyakStep(EditCallback):
         return [Requirement(("edit/tokens/loss_now",), message)]
 
     def attach(self, run: EditRun) -> None:
-        self._gradients, self._before, self._averages = {}, {}, AdamAverages()
+        self._gradients, self._before, self._averages = {}, {}, self.new_averages()
         self._lowest, self._since = math.inf, 0
         # After gradient clipping, the gradient would no longer predict how much a step reduces the loss.
         largest = run.host.disable_clipping()
@@ -122,6 +125,10 @@ class PolyakStep(EditCallback):
                 "all parameters in scope are 0. A step is never longer than a tenth of their norm, so no step would "
                 "change a parameter; add parameters that are not 0 to the scope."
             )
+
+    def new_averages(self) -> AdamAverages:
+        """Return empty running averages, which compute the direction of a step. A subclass may use other averages."""
+        return AdamAverages()
 
     def coordinates(self, name: str, gradient: Tensor) -> Tensor:
         """Return the gradient from which Adam computes its direction. A subclass may transform the gradient."""
@@ -209,7 +216,10 @@ class PolyakStep(EditCallback):
             {name: tensor.to(self.run.scope[name].device, copy=True) for name, tensor in state[key].items()}
             for key in ("means", "squares")
         )
-        self._averages = AdamAverages(means, squares, float(state["loss"]), int(state["steps"]))
+        averages = self.new_averages()
+        averages.means, averages.squares = means, squares
+        averages.loss, averages.steps = float(state["loss"]), int(state["steps"])
+        self._averages = averages
 
     def detach(self, run: EditRun) -> None:
         run.host.restore_clipping()

@@ -24,6 +24,11 @@ class AdamAverages:
         squares: average squared gradient by name, without bias correction.
         loss: average loss, without bias correction.
         steps: number of updates.
+        momentum: decay rate of the averages of gradients and loss. With 0, they are those of the last step.
+        by_column: whether the entries of a column of a matrix share their average squared gradient. A step then has the
+            direction of the gradient within each column.
+        floor: added to the divisor of each entry, as a fraction of the mean of the divisors. A higher floor moves
+            entries with small gradients less.
 
     References:
         Adam: A Method for Stochastic Optimization, arXiv 1412.6980.
@@ -38,6 +43,9 @@ class AdamAverages:
     squares: dict[str, Tensor] = field(default_factory=dict)
     loss: float = 0.0
     steps: int = 0
+    momentum: float = _BETA1
+    by_column: bool = False
+    floor: float = _EPSILON
 
     def update(
         self, gradients: Mapping[str, Tensor], loss: float, mean: Callable[[Tensor], Tensor] = torch.mean
@@ -56,17 +64,20 @@ class AdamAverages:
             squared gradient. To make a step, subtract a multiple of the directions from the weights.
         """
         self.steps += 1
-        self.loss = _BETA1 * self.loss + (1 - _BETA1) * loss
-        first, second = 1 - _BETA1**self.steps, 1 - _BETA2**self.steps
+        self.loss = self.momentum * self.loss + (1 - self.momentum) * loss
+        first, second = 1 - self.momentum**self.steps, 1 - _BETA2**self.steps
         means, directions = {}, {}
         for name, gradient in gradients.items():
             if name not in self.means:
-                self.means[name] = self.squares[name] = torch.zeros_like(gradient)
+                self.means[name] = torch.zeros_like(gradient)
+                self.squares[name] = torch.zeros_like(gradient[:1] if self.by_column else gradient)
             # The averages are new tensors, because a saved state of the run may contain the previous tensors.
-            self.means[name] = torch.lerp(self.means[name], gradient, 1 - _BETA1)
-            self.squares[name] = torch.lerp(self.squares[name], gradient.square(), 1 - _BETA2)
+            self.means[name] = torch.lerp(self.means[name], gradient, 1 - self.momentum)
+            squares = gradient.square()
+            squares = squares.mean(dim=0, keepdim=True) if self.by_column else squares
+            self.squares[name] = torch.lerp(self.squares[name], squares, 1 - _BETA2)
             means[name], roots = self.means[name] / first, (self.squares[name] / second).sqrt()
             # The smallest positive number avoids 0 / 0.
-            floor = _EPSILON * mean(roots) + torch.finfo(roots.dtype).tiny
+            floor = self.floor * mean(roots) + torch.finfo(roots.dtype).tiny
             directions[name] = means[name] / (roots + floor)
         return self.loss / first, means, directions

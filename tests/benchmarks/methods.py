@@ -52,13 +52,14 @@ VARIANTS = {
 # The pretrained model is a hundred times as large as the world, so fewer recipes are compared on it.
 ON_SMOLLM2 = (
     "ft_m", "locft_bf", "overtone", "plain_lora", "overtone_lora", "kl_locality", "null_space", "low_curvature",
-    "replay", "second_order", "kedit_default", "subject_tokens", *SCRIPTED,
+    "replay", "second_order", "kedit_default", "subject_tokens", "subject_values", *SCRIPTED,
 )  # fmt: skip
 # Which modes a recipe is compared in, if not in all.
 ONLY = {
     "kedit_default": ("batch",),
     "second_order": ("batch",),
     "subject_tokens": ("batch",),
+    "subject_values": ("batch",),
     **dict.fromkeys(SCRIPTED, ("single", "sequential")),
 }
 ALL_MODES_ON_SMOLLM2 = ("ft_m", "overtone", "kl_locality", *SCRIPTED)

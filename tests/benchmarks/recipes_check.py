@@ -110,7 +110,7 @@ def main() -> None:
     if options.jobs < 1:
         parser.error(f"--jobs must be >= 1, got {options.jobs}")
     # These recipes train a value function, and edits that need a pretrained model.
-    others = ("representation_control", "subject_tokens")
+    others = ("representation_control", "subject_tokens", "subject_values")
     edited = [path.name for path in sorted(RECIPES.glob("*.yaml")) if path.stem not in others]
     every = [*edited, "lora_sft.py", "one_by_one.py"] if options.write else runnable()
     names = [name for name in every if not options.only or Path(name).stem in options.only]

@@ -82,7 +82,8 @@ BAD = {
         '{"trainer": {"callbacks": ['
         + ", ".join(f'{{"class_path": "kedit_train.callbacks.{name}"}}' for name in ("PolyakStep", "TokenLoss"))
         + ', {"class_path": "kedit_train.callbacks.SecondOrderLocality", "init_args": {"texts": "world"}}]}}',
-        "another callback also replaces the optimizer step; keep only one of PolyakStep, SecondOrderLocality",
+        "another callback also replaces the optimizer step; keep only one of PolyakStep, SecondOrderLocality "
+        "and SubjectValues",
     ),
     "conflict.yaml": (_callbacks("TokenLoss", "TokenSmoothing"), "keep only one token loss"),
     "twice.yaml": (

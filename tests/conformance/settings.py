@@ -34,6 +34,7 @@ from kedit_train.callbacks import (
     SecondOrderLocality,
     StopWhenEdited,
     SubjectTokens,
+    SubjectValues,
     TokenLoss,
     TokenSmoothing,
     WeightAnchor,
@@ -89,6 +90,11 @@ SETTINGS: dict[str, Callable[[Any], list[Any]]] = {
     "SubjectTokens": lambda edits: [
         SubjectTokens(edits=edits),
         ParameterScope(layers=0.5, modules="mlp.down_proj.weight"),
+    ],
+    "SubjectValues": lambda edits: [
+        SubjectValues(texts=TEXTS, edits=edits, batch_size=2),
+        ParameterScope(layers=0.5, modules="mlp.down_proj"),
+        TokenSmoothing(),
     ],
     "ForgetFirst": lambda edits: [
         ForgetFirst(

@@ -35,6 +35,7 @@ from kedit_train.callbacks import (
     SaveDelta,
     SecondOrderLocality,
     SubjectTokens,
+    SubjectValues,
     TokenSmoothing,
     WeightAnchor,
     editing,
@@ -86,6 +87,11 @@ CASES: dict[str, Callable[[], list[Any]]] = {
     "null space": lambda: [scope(), NullSpace(texts=TEXTS, batch_size=1), smoothing(), PolyakStep(0.05), subjects()],
     "curvature": lambda: [scope(), LowCurvature(texts=TEXTS, batch_size=1), kfac()],
     "fisher": lambda: [scope(), WeightAnchor("ewc", strength=100.0, texts=TEXTS), mask_by_gradient()],
+    "subject values": lambda: [
+        scope(),
+        smoothing(),
+        SubjectValues(texts=TEXTS, edits=EditDataset(world.edits(n=BATCH * STEPS)), batch_size=1),
+    ],
     "second order": lambda: [scope(), smoothing(), SecondOrderLocality(texts=TEXTS, batch_size=1)],
 }
 

@@ -71,8 +71,8 @@ def test_a_callback_trains_and_leaves_no_trace(callback: str, host: str, edits: 
 @pytest.mark.parametrize("host", [pytest.param(h, marks=pytest.mark.slow) if h != "SFTTrainer" else h for h in HOSTS])
 def test_instances_serve_two_models_in_any_order(host: str, edits: EditDataset) -> None:
     # StopWhenEdited ends training. ActiveSet conflicts with BatchAnchor, TokenLoss and ContextTeacher with
-    # TokenSmoothing, and PolyakStep with SecondOrderLocality.
-    alone = {"StopWhenEdited", "ActiveSet", "TokenLoss", "ContextTeacher", "PolyakStep"}
+    # TokenSmoothing, and PolyakStep and SubjectValues with SecondOrderLocality.
+    alone = {"StopWhenEdited", "ActiveSet", "TokenLoss", "ContextTeacher", "PolyakStep", "SubjectValues"}
     made = [item for make in SETTINGS.values() for item in make(edits) if type(item).__name__ not in alone]
     callbacks = list({type(item): item for item in made}.values())
     finals = []

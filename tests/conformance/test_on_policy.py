@@ -42,6 +42,7 @@ REFUSED = {
     "ForgettingBudget": "BatchAnchor",
     "SecondOrderLocality": "TokenSmoothing",
     "PolyakStep": "TokenSmoothing",
+    "SubjectValues": "TokenSmoothing",
     "ActiveSet": "TokenSmoothing",
     "StopWhenEdited": "TokenSmoothing",
 }

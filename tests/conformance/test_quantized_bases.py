@@ -26,6 +26,7 @@ from kedit_train.callbacks import (
     PrefixCache,
     SaveDelta,
     SecondOrderLocality,
+    SubjectValues,
     TokenLoss,
     editing,
 )
@@ -52,6 +53,10 @@ REFUSED: dict[str, tuple[Callable[[str], list[Any]], str]] = {
     "LowCurvature": (lambda path: [LowCurvature(texts=TEXTS)], "must not contain LoRA factors"),
     "SecondOrderLocality": (
         lambda path: [TokenLoss("cross_entropy"), SecondOrderLocality(texts=TEXTS)],
+        "must not contain LoRA factors",
+    ),
+    "SubjectValues": (
+        lambda path: [TokenLoss("cross_entropy"), SubjectValues(TEXTS, edits=world.edits(2))],
         "must not contain LoRA factors",
     ),
     "GatedAdapter": (lambda path: [GatedAdapter(TEXTS)], "LoRA on linear layers without quantization"),

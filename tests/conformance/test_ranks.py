@@ -22,7 +22,7 @@ TESTS = Path(__file__).resolve().parents[1]
 # These callbacks do not change the trained weights.
 NEUTRAL = ("ParameterScope", "EditMetrics", "ForecastMetrics", "PrefixCache", "SaveDelta")
 # These callbacks take steps of Adam, which enlarges rounding differences of gradients that are nearly 0.
-STEPS_OF_ADAM = ("PolyakStep", "SecondOrderLocality")
+STEPS_OF_ADAM = ("PolyakStep", "SecondOrderLocality", "SubjectValues")
 # A penalty, a loss, a mask, scores and a rule that ends training: one callback for each way to act on a run.
 IN_DEFAULT_RUN = (
     "ParameterScope",

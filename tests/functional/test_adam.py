@@ -35,3 +35,18 @@ def test_an_entry_without_gradients_does_not_move() -> None:
     assert abs(float(directions["weight"][2])) < 1e-5
     _, _, nothing = AdamAverages().update({"weight": torch.zeros(2)}, 1.0)
     assert torch.equal(nothing["weight"], torch.zeros(2))
+
+
+def test_columns_share_their_average_square() -> None:
+    generator = torch.Generator().manual_seed(0)
+    averages, squares = AdamAverages(momentum=0.0, by_column=True), torch.zeros(3, dtype=torch.float64)
+    for step in range(1, 4):
+        gradient = torch.randn(5, 3, generator=generator, dtype=torch.float64)
+        squares = 0.999 * squares + 0.001 * gradient.square().mean(0)
+        loss, means, directions = averages.update({"weight": gradient}, float(step))
+        torch.testing.assert_close(
+            directions["weight"], gradient / (squares / (1 - 0.999**step)).sqrt(), rtol=1e-5, atol=0
+        )
+        # Without momentum, loss and gradient are those of this step.
+        assert loss == pytest.approx(step)
+        torch.testing.assert_close(means["weight"], gradient)

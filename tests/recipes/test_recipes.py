@@ -16,10 +16,11 @@ from kedit_train.cli.edit import EditParser
 pytestmark = pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
 # This recipe trains no language model, so it has no edits, no scope and no report. It has a test of its own.
 VALUE = catalog.folder("recipes") / "representation_control.yaml"
-# This recipe needs a pretrained model: the bundled model does not store facts at the tokens of the subject.
+# These recipes need a pretrained model: the bundled model does not store facts at the tokens of the subject.
 SUBJECT = catalog.folder("recipes") / "subject_tokens.yaml"
+VALUES = catalog.folder("recipes") / "subject_values.yaml"
 NAMES = ("kedit_default", "subject_tokens")
-RECIPES = [path for path in sorted(catalog.folder("recipes").glob("*.yaml")) if path not in (VALUE, SUBJECT)]
+RECIPES = [path for path in sorted(catalog.folder("recipes").glob("*.yaml")) if path not in (VALUE, SUBJECT, VALUES)]
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +63,18 @@ def test_subject_tokens_is_the_default_recipe_with_one_more_callback() -> None:
     assert Path(catalog.folder("recipes").parent / own["data"]["path"]).is_file()
     assert Path(catalog.folder("recipes").parent / own["data"]["texts"]).is_file()
     assert "lightning run recipes/subject_tokens.yaml\n" in SUBJECT.read_text()
+
+
+def test_subject_values_edits_the_same_facts_and_can_be_read_by_the_entry(parser: EditParser) -> None:
+    tokens, values = (yaml.safe_load(path.read_text()) for path in (SUBJECT, VALUES))
+    for key in ("path", "texts"):
+        assert values["data"][key] == tokens["data"][key]
+    config = parser.parse_path(str(VALUES), defaults=True)
+    names = [callback.class_path.rpartition(".")[2] for callback in config.trainer.callbacks]
+    assert names[:4] == ["ParameterScope", "SubjectTokens", "TokenLoss", "SubjectValues"]
+    assert names[-1] == "EditMetrics"
+    assert len(VALUES.read_text().splitlines()) <= 60
+    assert "lightning run recipes/subject_values.yaml\n" in VALUES.read_text()
 
 
 def test_every_recipe_says_what_to_expect() -> None:

@@ -1,0 +1,235 @@
+"""SubjectValues: train what each layer adds at the subject of each edit, and change nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from kedit_train.arguments import above, check_arguments, integer_from, optional
+from kedit_train.callbacks.polyak_step import PolyakStep
+from kedit_train.core.cache.sequence_keys import hash_sequences
+from kedit_train.core.drift.factors_of_texts import check_no_adapters, factors_of_texts
+from kedit_train.core.drift.linear_layers import LinearLayer, find_linear_layers
+from kedit_train.core.drift.second_moments import broadcast_from_first
+from kedit_train.core.drift.subject_keys import subject_keys
+from kedit_train.core.fsdp import full_tensor, shard_like
+from kedit_train.core.locality.consecutive_runs import given_edits
+from kedit_train.core.locality.texts import Texts, TextSource
+from kedit_train.core.run import EditRun
+from kedit_train.data import EditDataset
+from kedit_train.data.neighbor_prompts import has_subject
+from kedit_train.errors import EditError, warn
+from kedit_train.functional.adam import AdamAverages
+from kedit_train.functional.dual_keys import dual_keys
+from kedit_train.functional.precision import full_precision, wide
+from kedit_train.paths import SAFETENSORS_PATH
+
+# Added to the divisor of the gradient of each value, as a fraction of the mean divisor. Without it, the values of edits
+# that are not in the batch, whose gradients are nearly 0, would move as far as the others in the first steps.
+_FLOOR = 0.3
+
+
+class SubjectValues(PolyakStep):
+    """Replace each optimizer step by a step that changes the layers' outputs only at the subjects of the edits.
+
+    In the prompt "The mother tongue of Danielle Darrieux is", the subject is "Danielle Darrieux". A pretrained language
+    model looks up what it knows about her at the last token of the subject. The input of a layer at this token is the
+    *key* of the edit, and the change of the layer's output for this key is the *value* of the edit. This callback
+    trains only the values: one vector per edit and layer. The weight changes by ``sum_i v_i a_iᵀ``, where v_i is the
+    value of edit i, and a_i is its dual key (:func:`~kedit_train.functional.dual_keys.dual_keys`). The dual keys are
+    computed once, before the first step. The product of a_i with the key of edit i is 1, its products with all other
+    keys are 0, and its products with the layer's inputs on ``texts`` are small. So an edit hardly changes what the
+    layer computes for other subjects, other edits and other texts.
+
+    ROME, MEMIT and AlphaEdit also find values and then write them with dual keys, one edit after the other and outside
+    of any training run. Here, the values are trained in your run, for all edits together, through the changed weights.
+
+    After each optimizer step, the change that the optimizer made is discarded. Instead, each value takes a step along
+    its gradient. The gradient is divided by the root of its average square over all steps (one number per edit and
+    layer), so edits that are already learned move little. The length of the step follows from the loss, as in
+    :class:`PolyakStep`, so no learning rate is needed.
+
+    Add :class:`SubjectTokens`, so that the values get gradients only from the subjects. Other callbacks act as usual: a
+    penalty (``KLLocality``) is part of the gradient, and constraints (``NullSpace``, ``NormBall``, ``GradientMask``)
+    are applied after the step.
+
+    Use this callback only with a pretrained language model, and train layers in the first third of the network, such as
+    ``ParameterScope("0.14-0.29")``. MEMIT and AlphaEdit train the same layers. The small bundled model does not look up
+    facts at the subject. The example below only shows the calls.
+
+    Args:
+        texts: a source of texts on which predictions should stay the same, or a :class:`Texts`. The second moments of
+            the layers' inputs are computed on them. The first token of every text is left out, because it is an
+            attention sink in many models.
+        edits: the edits that are trained (a path, a list of ``Edit`` or an ``EditDataset``). None uses the edits of
+            ``EditMetrics``, ``EditDataModule``, ``EditSFTTrainer`` or ``editing(edits=)``. The key of an edit without a
+            subject is the input at the last token of its prompt.
+        step_size: how much each step should reduce the training loss, as a fraction of the loss, in (0, 1]. The
+            reduction is predicted from the gradient. Default 0.15.
+        damping: added to the diagonal of the second moment, after the second moment was divided by the mean of its
+            diagonal. A higher damping lets the outputs on ``texts`` change more. Default 1e-2.
+        factors_path: a ``.safetensors`` file for the second moments. If the file exists, they are read from it. If not,
+            they are computed and written to it. A file is valid only for the weights and texts from which it was
+            computed. A file of ``SecondOrderLocality`` can also be used.
+        limit: maximum number of texts to read. None (default) reads all texts.
+        batch_size: number of sequences per forward pass when the keys and the second moments are computed. Default 8.
+
+    Logs ``edit/drift/subject_change`` (at the subjects of the edits) and ``edit/drift/text_change`` (on ``texts``): the
+    root mean square change of the layers' outputs, divided by the root mean square of the outputs before the edit.
+
+    Raises:
+        EditError: an argument is invalid; the edits of the run are unknown; no callback computes the loss (add
+            ``TokenLoss``); or the scope contains parameters other than weights of ``nn.Linear`` and ``Conv1D``.
+
+    References:
+        "Locating and Editing Factual Associations in GPT", arXiv 2202.05262 (ROME). "Mass-Editing Memory in a
+        Transformer", arXiv 2210.07229 (MEMIT). "AlphaEdit: Null-Space Constrained Knowledge Editing for Language
+        Models", arXiv 2410.02355. "MoMo: Momentum Models for Adaptive Learning Rates", arXiv 2305.07583, for Polyak's
+        step size.
+
+    Example:
+        >>> import torch
+        >>> from kedit_train import EditDataset, editing, world
+        >>> from kedit_train.callbacks import ParameterScope, SubjectValues, TokenLoss
+        >>> model, tokenizer = world.load()
+        >>> edits = EditDataset.load("world", limit=1)
+        >>> batch = tokenizer(f"{edits[0].prompt} {edits[0].target}", return_tensors="pt")
+        >>> callbacks = [
+        ...     ParameterScope("0.2-0.5", modules="mlp.down_proj.weight"),
+        ...     TokenLoss("cross_entropy"),
+        ...     SubjectValues("world", edits=edits, limit=64),
+        ... ]
+        >>> losses = []
+        >>> with editing(model, callbacks, tokenizer=tokenizer) as run:
+        ...     optimizer = torch.optim.SGD(run.parameters(), lr=1.0)
+        ...     for _ in range(2):
+        ...         run.before_step()
+        ...         losses.append(model(**batch, labels=batch["input_ids"]).loss)
+        ...         losses[-1].backward()
+        ...         optimizer.step()
+        ...         optimizer.zero_grad()
+        >>> bool(losses[1] < losses[0])
+        True
+    """
+
+    duplicate_hint: str | None = "the second one would replace the step of the first, so keep only one"
+
+    def __init__(
+        self,
+        texts: TextSource | Texts,
+        *,
+        edits: Any = None,
+        step_size: float = 0.15,
+        damping: float = 1e-2,
+        factors_path: str | Path | None = None,
+        limit: int | None = None,
+        batch_size: int = 8,
+    ) -> None:
+        super().__init__(step_size)
+        check_arguments(
+            self,
+            damping=(damping, above(0)),
+            factors_path=(factors_path, optional(SAFETENSORS_PATH)),
+            limit=(limit, optional(integer_from(1))),
+            batch_size=(batch_size, integer_from(1)),
+        )
+        self.texts: Texts = Texts.of(texts)
+        # An iterator can be read only once, but later runs read the edits again.
+        self.edits: Any = list(edits) if isinstance(edits, Iterator) else edits
+        self.damping = damping
+        self.factors_path = factors_path
+        self.limit = limit
+        self.batch_size = batch_size
+        self._layers: dict[str, LinearLayer] = {}
+        # For each weight: keys [n, d_in], dual keys [n, d_in], second moment of the inputs on the texts [d_in, d_in].
+        self._keys: dict[str, Tensor] = {}
+        self._duals: dict[str, Tensor] = {}
+        self._moments: dict[str, Tensor] = {}
+        self._source_hash = ""
+
+    def prepare(self, run: EditRun) -> None:
+        run.causal_model()
+        self.texts.check()
+        if self.edits is not None:
+            run.edits = run.edits or EditDataset.of(self.edits)
+
+    def attach(self, run: EditRun) -> None:
+        edits = list(given_edits(run, self.edits))
+        if without := sum(not has_subject(edit) for edit in edits):
+            warn(
+                f"{without} of {len(edits)} edits have no subject in their prompt, so their keys are read at the last "
+                "token of the prompt, and rephrased prompts will seldom get the new answer; give Edit(subject=) the "
+                "name of the thing that the edit is about."
+            )
+        self._layers = find_linear_layers(run.model, run.scope)
+        check_no_adapters(self._layers)
+        tokenizer = run.tokenizer(self.texts.tokenizer)
+        sequences = self.texts.tokenize(run, limit=self.limit)
+        self._source_hash = hash_sequences([*sequences, *(tokenizer(edit.prompt).input_ids for edit in edits)])
+        factors = factors_of_texts(
+            run, self._layers, sequences, seed=self.texts.seed, batch_size=self.batch_size, path=self.factors_path,
+            inputs_only=True, skip_first=True,
+        )  # fmt: skip
+        self._moments = {n: moment.mean.to(run.scope[n].device) for n, moment in factors.inputs.items()}
+        self._keys = subject_keys(run, self._layers, edits, tokenizer, batch_size=self.batch_size)
+        self._duals = {name: self._dual_keys(name) for name in self._layers}
+        super().attach(run)
+
+    def new_averages(self) -> AdamAverages:
+        # Within a value, the direction of the gradient is kept: with one average per entry, as in Adam, values become
+        # larger, and more of the other answers change.
+        return AdamAverages(momentum=0.0, by_column=True, floor=_FLOOR)
+
+    def coordinates(self, name: str, gradient: Tensor) -> Tensor:
+        """Return the gradient of the values, [d_out, n]. It is complete on every process."""
+        matrix = full_tensor(self._layers[name].as_matrix(gradient))
+        with full_precision(matrix.device.type):
+            return matrix @ self._duals[name].T
+
+    def change(self, name: str, direction: Tensor) -> Tensor:
+        with full_precision(direction.device.type):
+            change = self._layers[name].as_matrix(direction @ self._duals[name])
+        return shard_like(change, self.run.scope[name])
+
+    def metrics(self, run: EditRun) -> dict[str, float]:
+        at_subjects, on_texts = [0.0, 0.0], [0.0, 0.0]
+        for name, layer in self._layers.items():
+            before = full_tensor(layer.as_matrix(wide(run.reference[name])))
+            change = full_tensor(layer.as_matrix(wide(run.scope[name].detach()))) - before
+            for i, weight in enumerate((change, before)):
+                at_subjects[i] += float((weight @ self._keys[name].T).square().sum())
+                on_texts[i] += float((weight @ self._moments[name] * weight).sum())
+        found = {"subject_change": at_subjects, "text_change": on_texts}
+        return {f"edit/drift/{n}": (moved / whole) ** 0.5 for n, (moved, whole) in found.items() if whole > 0.0}
+
+    def state(self) -> dict[str, Any]:
+        return {**super().state(), "keys": {"source": self._source_hash, "damping": self.damping}}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        if state.get("keys") != {"source": self._source_hash, "damping": self.damping}:
+            raise EditError(
+                "the checkpoint was written with other texts, edits or damping; resume with the texts, limit=, edits "
+                "and damping= of the run that wrote the checkpoint, or start a new run."
+            )
+        super().load_state(state)
+
+    def detach(self, run: EditRun) -> None:
+        super().detach(run)
+        self._layers, self._keys, self._duals, self._moments = {}, {}, {}, {}
+
+    def _dual_keys(self, name: str) -> Tensor:
+        try:
+            found = dual_keys(self._keys[name], self._moments[name], self.damping)
+        except ValueError as error:
+            raise EditError(
+                f"no activation reaches {name} on the texts or at the subjects ({error}); remove this weight from the "
+                "scope."
+            ) from error
+        # Every process must take the same step, but the last bits of a solution may differ between processes.
+        return broadcast_from_first([found])[0]
+
+    def __repr__(self) -> str:
+        return f"SubjectValues(step_size={self.step_size}, damping={self.damping})"

@@ -1,0 +1,58 @@
+"""Compute dual keys: vectors that answer to one key each, and hardly to the inputs of other texts.
+
+A linear layer computes ``y = W k``. Its input k is also called a key. A weight change ``v aᵀ`` adds ``v (aᵀ k)`` to the
+output. If a is the dual key of a key k, then ``aᵀ k`` is 1, so the change adds v to the output for this key. For the
+other given keys, ``aᵀ k`` is 0, and for the inputs on other texts, it is small.
+
+References:
+    "Locating and Editing Factual Associations in GPT", arXiv 2202.05262 (keys and values of a linear layer).
+    "Mass-Editing Memory in a Transformer", arXiv 2210.07229 (many keys at once, second moments of other inputs).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kedit_train.functional.precision import widest
+
+# Added to the diagonal of the matrix of products between keys, as a fraction of the mean of its diagonal. Equal keys,
+# such as those of two edits with the same subject, then share one dual key, and no matrix is singular.
+_RIDGE = 1e-3
+
+
+def dual_keys(keys: Tensor, moment: Tensor, damping: float) -> Tensor:
+    """Return the dual key of every key.
+
+    Among all vectors a with the same products ``aᵀ k`` for the given keys, a dual key has the smallest
+    ``aᵀ (A / t + damping I) a``. A is the second moment of the inputs on other texts. t is the mean of its diagonal.
+
+    Args:
+        keys: n keys, [n, d].
+        moment: A, [d, d], symmetric and positive semi-definite.
+        damping: above 0.
+
+    Returns:
+        [n, d], in the dtype of the keys. It is computed in fp64.
+
+    Raises:
+        ValueError: the moment is zero or not finite, or every key is zero.
+
+    Example:
+        >>> keys = torch.tensor([[1.0, 0.0], [1.0, 1.0]])
+        >>> (dual_keys(keys, torch.eye(2), 0.01) @ keys.T).round(decimals=2)
+        tensor([[1., 0.],
+                [0., 1.]])
+    """
+    exact, rows = widest(moment), widest(keys)
+    scale = float(exact.diagonal().mean())
+    if not 0.0 < scale < float("inf"):
+        raise ValueError(f"the mean of the diagonal of the second moment is {scale:g}")
+    identity = torch.eye(len(exact), dtype=exact.dtype, device=exact.device)
+    solved = torch.linalg.solve(exact / scale + damping * identity, rows.T).T
+    products = solved @ rows.T
+    size = float(products.diagonal().mean())
+    if not 0.0 < size < float("inf"):
+        raise ValueError("all keys are zero or not finite")
+    ridge = _RIDGE * size * torch.eye(len(rows), dtype=exact.dtype, device=exact.device)
+    return torch.linalg.solve(products + ridge, solved).to(keys)

@@ -1,0 +1,213 @@
+"""SubjectValues: the weights change only along the dual keys of the subjects, by the stated step."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+
+from kedit_train import EditDataset, world
+from kedit_train.callbacks import (
+    GradientMask,
+    NormBall,
+    NullSpace,
+    ParameterScope,
+    PolyakStep,
+    SubjectValues,
+    TokenLoss,
+    editing,
+)
+from kedit_train.data import Edit
+from kedit_train.errors import EditError
+from kedit_train.functional.dual_keys import dual_keys
+
+SCOPE, NAME = "mlp.down_proj.weight", "model.layers.2.mlp.down_proj.weight"
+TEXTS = world.locality_texts(exclude=world.edits(4), n=24)
+
+
+@pytest.fixture
+def model():
+    return world.load()[0]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return world.load()[1]
+
+
+@pytest.fixture(scope="module")
+def edits():
+    return EditDataset.load("world", limit=4)
+
+
+def batch_of(tokenizer, edits):
+    texts = [f"{edit.prompt} {edit.target}" for edit in edits]
+    batch = tokenizer(texts, return_tensors="pt", padding=True, return_token_type_ids=False)
+    return {**batch, "labels": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)}
+
+
+def scope():
+    return ParameterScope(2, modules=SCOPE)
+
+
+def run_steps(model, tokenizer, edits, *callbacks, steps=2, state=None):
+    """Return the losses, the gradients of the weight, the metrics and the state of a run."""
+    losses, gradients, batch = [], [], batch_of(tokenizer, edits)
+    given = [scope(), TokenLoss("cross_entropy"), *callbacks]
+    with editing(model, given, tokenizer=tokenizer, edits=edits, log_every_n_steps=1) as run:
+        optimizer = torch.optim.AdamW(run.parameters(), lr=1e-2, weight_decay=0.1)
+        if state is not None:
+            run.load_state_dict(state)
+        for _ in range(steps):
+            run.before_step()
+            loss = model(**batch).loss
+            loss.backward()
+            losses.append(float(loss.detach()))
+            gradients.append(model.get_parameter(NAME).grad.double())
+            optimizer.step()
+            optimizer.zero_grad()
+        saved = run.state_dict()
+    return losses, gradients, run.history, saved
+
+
+def inputs_of(model, tokenizer, text):
+    """Return the inputs of the weight on a text, [tokens, d_in]."""
+    seen = []
+    handle = model.get_submodule(NAME.removesuffix(".weight")).register_forward_pre_hook(lambda _, a: seen.append(a[0]))
+    with torch.no_grad():
+        model.eval()(input_ids=tokenizer(text, return_tensors="pt").input_ids)
+    handle.remove()
+    return seen[0][0].double()
+
+
+def keys_of(model, tokenizer, edits):
+    """Return the inputs at the last token of each subject, found by the character offsets of the tokenizer."""
+    keys = []
+    for edit in edits:
+        end = edit.prompt.index(edit.subject) + len(edit.subject)
+        offsets = tokenizer(edit.prompt, return_offsets_mapping=True)["offset_mapping"]
+        (last,) = [i for i, (begin, stop) in enumerate(offsets) if begin < end <= stop]
+        keys.append(inputs_of(model, tokenizer, edit.prompt)[last])
+    return torch.stack(keys)
+
+
+def moment_of(model, tokenizer, texts=TEXTS):
+    inputs = torch.cat([inputs_of(model, tokenizer, text)[1:] for text in texts])
+    return inputs.T @ inputs / len(inputs)
+
+
+def test_steps_have_the_stated_direction_and_length(model, tokenizer, edits):
+    base = world.load()[0]
+    before = base.get_parameter(NAME).detach().double()
+    keys, moment = keys_of(base, tokenizer, edits), moment_of(base, tokenizer)
+    duals = dual_keys(keys, moment, 0.05)
+    losses, gradients, history, _ = run_steps(
+        model, tokenizer, edits, SubjectValues(TEXTS, step_size=0.01, damping=0.05), steps=3
+    )
+    values, squares = torch.zeros(before.shape[0], len(edits), dtype=torch.float64), 0.0
+    for step, (loss, gradient) in enumerate(zip(losses, gradients, strict=True), start=1):
+        own = gradient @ duals.T
+        squares = 0.999 * squares + 0.001 * own.square().mean(0)
+        roots = (squares / (1 - 0.999**step)).sqrt()
+        direction = own / (roots + 0.3 * roots.mean())
+        values = values - 0.01 * loss / (own * direction).sum() * direction
+    change, expected = model.get_parameter(NAME).detach().double() - before, values @ duals
+    assert float((change - expected).norm() / expected.norm()) < 1e-3
+    # The metrics describe the weights after the last step.
+    at_subjects = (change @ keys.T).norm() / (before @ keys.T).norm()
+    on_texts = (((change @ moment) * change).sum() / ((before @ moment) * before).sum()).sqrt()
+    assert history[-1]["edit/drift/subject_change"] == pytest.approx(float(at_subjects), rel=1e-3)
+    assert history[-1]["edit/drift/text_change"] == pytest.approx(float(on_texts), rel=1e-3)
+    assert on_texts < 0.5 * at_subjects
+
+
+def test_the_outputs_at_subjects_outside_of_the_batch_hardly_move(model, tokenizer, edits):
+    base = world.load()[0]
+    keys = keys_of(base, tokenizer, edits)
+    callback = SubjectValues(TEXTS, edits=edits)
+    run_steps(model, tokenizer, edits[:1], callback, steps=3)
+    change = (model.get_parameter(NAME) - base.get_parameter(NAME)).detach().double() @ keys.T
+    moved = change.norm(dim=0)
+    assert float(moved[1:].max() / moved[0]) < 0.1
+
+
+def test_a_run_is_resumed_bit_for_bit(tokenizer, edits):
+    models = [world.load()[0] for _ in range(2)]
+    run_steps(models[0], tokenizer, edits, SubjectValues(TEXTS), steps=4)
+    saved = run_steps(models[1], tokenizer, edits, SubjectValues(TEXTS), steps=2)[-1]
+    run_steps(models[1], tokenizer, edits, SubjectValues(TEXTS), steps=2, state=saved)
+    assert torch.equal(models[0].get_parameter(NAME), models[1].get_parameter(NAME))
+
+
+@pytest.mark.parametrize("changed", ["texts", "damping", "edits"])
+def test_a_run_with_other_keys_cannot_be_resumed(model, tokenizer, edits, changed):
+    saved = run_steps(model, tokenizer, edits, SubjectValues(TEXTS), steps=1)[-1]
+    other = {
+        "texts": SubjectValues(TEXTS[:9]),
+        "damping": SubjectValues(TEXTS, damping=1.0),
+        "edits": SubjectValues(TEXTS, edits=edits[:2]),
+    }[changed]
+    warnings.simplefilter("ignore")
+    with pytest.raises(EditError, match=r"^SubjectValues: the checkpoint was written with other texts, edits or damp"):
+        run_steps(model, tokenizer, edits, other, steps=1, state=saved)
+
+
+def test_constraints_are_exact_beside_it(model, tokenizer, edits):
+    before = model.get_parameter(NAME).detach().clone()
+    mask = GradientMask("magnitude", density=0.25)
+    run_steps(model, tokenizer, edits, SubjectValues(TEXTS), NormBall(1e-3), mask, steps=3)
+    change = model.get_parameter(NAME).detach() - before
+    assert 0 < int((change != 0).sum()) <= 0.25 * change.numel()
+    assert float(change.abs().max()) <= 1e-3
+    free = world.load()[0]
+    history = run_steps(free, tokenizer, edits, SubjectValues(TEXTS), NullSpace(TEXTS, energy=0.5), steps=3)[2]
+    assert history[-1]["edit/drift/null_space_leak"] < 1e-4
+
+
+def test_without_a_subject_the_key_is_read_at_the_end_of_the_prompt(model, tokenizer, edits):
+    base = world.load()[0]
+    unnamed = [Edit(edit.prompt, edit.target) for edit in edits]
+    with pytest.warns(UserWarning, match="^SubjectValues: 4 of 4 edits have no subject in their prompt"):
+        run_steps(model, tokenizer, unnamed, SubjectValues(TEXTS), steps=1)
+    keys = torch.stack([inputs_of(base, tokenizer, edit.prompt)[-1] for edit in unnamed])
+    duals = dual_keys(keys, moment_of(base, tokenizer), 1e-2)
+    change = (model.get_parameter(NAME) - base.get_parameter(NAME)).detach().double()
+    outside = change - change @ torch.linalg.pinv(duals) @ duals
+    assert float(outside.norm() / change.norm()) < 1e-3
+
+
+def test_the_file_of_second_moments_is_read_by_later_runs(tokenizer, edits, tmp_path, monkeypatch):
+    models, path = [world.load()[0] for _ in range(2)], tmp_path / "moments.safetensors"
+    run_steps(models[0], tokenizer, edits, SubjectValues(TEXTS, factors_path=path))
+    assert path.exists()
+    monkeypatch.setattr("kedit_train.core.drift.factors_of_texts.input_moments", None)
+    run_steps(models[1], tokenizer, edits, SubjectValues(TEXTS, factors_path=path))
+    assert torch.equal(models[0].get_parameter(NAME), models[1].get_parameter(NAME))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "expected"),
+    [
+        ({"damping": 0}, "damping must be > 0"),
+        ({"step_size": 0}, r"step_size must be in \(0, 1\]"),
+        ({"batch_size": 0}, "batch_size must be an integer >= 1"),
+        ({"factors_path": "moments.bin"}, "factors_path must be a path that ends"),
+    ],
+)
+def test_invalid_arguments_are_refused(wrong, expected):
+    with pytest.raises(EditError, match=f"^SubjectValues: .*{expected}"):
+        SubjectValues(TEXTS, **wrong)
+
+
+def test_what_it_needs_is_said_before_the_first_step(model, tokenizer, edits):
+    def attach(*callbacks, edits=edits):
+        with editing(model, [scope(), *callbacks], tokenizer=tokenizer, edits=edits) as run:
+            run.before_step()
+
+    with pytest.raises(EditError, match=r"^SubjectValues: .*add TokenLoss"):
+        attach(SubjectValues(TEXTS))
+    with pytest.raises(EditError, match="the edits of this run are unknown"):
+        attach(SubjectValues(TEXTS), TokenLoss("cross_entropy"), edits=None)
+    with pytest.raises(EditError, match="keep only one of PolyakStep, SecondOrderLocality and SubjectValues"):
+        attach(SubjectValues(TEXTS), PolyakStep(), TokenLoss("cross_entropy"))

@@ -1,0 +1,52 @@
+"""Dual keys, against their definition."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kedit_train.functional.dual_keys import dual_keys
+
+GENERATOR = torch.Generator().manual_seed(0)
+INPUTS = torch.randn(40, 6, generator=GENERATOR, dtype=torch.float64) * torch.arange(1, 7)
+MOMENT = INPUTS.T @ INPUTS / len(INPUTS)
+KEYS = torch.randn(3, 6, generator=GENERATOR, dtype=torch.float64)
+
+
+def test_a_dual_key_has_the_product_one_with_its_own_key_and_zero_with_the_others() -> None:
+    products = dual_keys(KEYS, MOMENT, 0.1) @ KEYS.T
+    torch.testing.assert_close(products, torch.eye(3, dtype=torch.float64), rtol=0, atol=0.02)
+
+
+def test_no_vector_with_the_same_products_is_smaller_on_the_texts() -> None:
+    damped = MOMENT / MOMENT.diagonal().mean() + 0.1 * torch.eye(6, dtype=torch.float64)
+    found = dual_keys(KEYS, MOMENT, 0.1)
+    # Changes that keep the products with all keys: what remains after the keys are projected out.
+    free = torch.eye(6, dtype=torch.float64) - KEYS.T @ torch.linalg.solve(KEYS @ KEYS.T, KEYS)
+    for _ in range(20):
+        other = found + 0.1 * torch.randn(3, 6, generator=GENERATOR, dtype=torch.float64) @ free
+        torch.testing.assert_close(other @ KEYS.T, found @ KEYS.T)
+        for a, b in zip(found, other, strict=True):
+            assert a @ damped @ a < b @ damped @ b
+
+
+def test_equal_keys_share_a_dual_key() -> None:
+    twice = torch.stack([KEYS[0], KEYS[0], KEYS[1]])
+    found = dual_keys(twice, MOMENT, 0.1)
+    torch.testing.assert_close(found[0], found[1])
+    assert float(found[0] @ KEYS[0]) == pytest.approx(0.5, abs=0.01)
+    assert float(found[0] @ KEYS[1]) == pytest.approx(0.0, abs=0.01)
+
+
+def test_with_a_large_damping_they_are_the_pseudoinverse() -> None:
+    found = dual_keys(KEYS, MOMENT, 1e6)
+    torch.testing.assert_close(found, torch.linalg.pinv(KEYS).T, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize(
+    ("keys", "moment", "expected"),
+    [(KEYS, torch.zeros(6, 6), "second moment is 0"), (torch.zeros(2, 6), MOMENT, "all keys are zero")],
+)
+def test_zeros_are_an_error(keys: torch.Tensor, moment: torch.Tensor, expected: str) -> None:
+    with pytest.raises(ValueError, match=expected):
+        dual_keys(keys, moment, 0.1)
