@@ -62,18 +62,17 @@ class SubjectValues(PolyakStep):
 
     Args:
         texts: a source of texts on which predictions should stay the same, or a :class:`Texts`. The second moments of
-            the layers' inputs are computed on them. The first token of every text is left out, because it is an
-            attention sink in many models.
+            the layers' inputs are computed on them.
         edits: the edits that are trained (a path, a list of ``Edit`` or an ``EditDataset``). None uses the edits of
             ``EditMetrics``, ``EditDataModule``, ``EditSFTTrainer`` or ``editing(edits=)``. The key of an edit without a
             subject is the input at the last token of its prompt.
         step_size: how much each step should reduce the training loss, as a fraction of the loss, in (0, 1]. The
             reduction is predicted from the gradient. Default 0.15.
-        damping: added to the diagonal of the second moment, after the second moment was divided by the mean of its
+        damping: added to the diagonal of the second moment, after the second moment was divided by the median of its
             diagonal. A higher damping lets the outputs on ``texts`` change more. Default 1e-2.
         factors_path: a ``.safetensors`` file for the second moments. If the file exists, they are read from it. If not,
             they are computed and written to it. A file is valid only for the weights and texts from which it was
-            computed. A file of ``SecondOrderLocality`` can also be used.
+            computed. A file of ``NullSpace`` can also be used.
         limit: maximum number of texts to read. None (default) reads all texts.
         batch_size: number of sequences per forward pass when the keys and the second moments are computed. Default 8.
 
@@ -171,7 +170,7 @@ class SubjectValues(PolyakStep):
         self._source_hash = hash_sequences([*sequences, *(tokenizer(edit.prompt).input_ids for edit in edits)])
         factors = factors_of_texts(
             run, self._layers, sequences, seed=self.texts.seed, batch_size=self.batch_size, path=self.factors_path,
-            inputs_only=True, skip_first=True,
+            inputs_only=True,
         )  # fmt: skip
         self._moments = {n: moment.mean.to(run.scope[n].device) for n, moment in factors.inputs.items()}
         self._keys = subject_keys(run, self._layers, edits, tokenizer, batch_size=self.batch_size)

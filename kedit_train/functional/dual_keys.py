@@ -25,7 +25,8 @@ def dual_keys(keys: Tensor, moment: Tensor, damping: float) -> Tensor:
     """Return the dual key of every key.
 
     Among all vectors a with the same products ``aᵀ k`` for the given keys, a dual key has the smallest
-    ``aᵀ (A / t + damping I) a``. A is the second moment of the inputs on other texts. t is the mean of its diagonal.
+    ``aᵀ (A / t + damping I) a``. A is the second moment of the inputs on other texts. t is the median of its
+    diagonal, because the mean depends mostly on a few large inputs at the first token (an attention sink).
 
     Args:
         keys: n keys, [n, d].
@@ -36,7 +37,7 @@ def dual_keys(keys: Tensor, moment: Tensor, damping: float) -> Tensor:
         [n, d], in the dtype of the keys. It is computed in fp64.
 
     Raises:
-        ValueError: the moment is zero or not finite, or every key is zero.
+        ValueError: half of the moment's diagonal is zero, a value is not finite, or every key is zero.
 
     Example:
         >>> keys = torch.tensor([[1.0, 0.0], [1.0, 1.0]])
@@ -45,9 +46,9 @@ def dual_keys(keys: Tensor, moment: Tensor, damping: float) -> Tensor:
                 [0., 1.]])
     """
     exact, rows = widest(moment), widest(keys)
-    scale = float(exact.diagonal().mean())
+    scale = float(exact.diagonal().median())
     if not 0.0 < scale < float("inf"):
-        raise ValueError(f"the mean of the diagonal of the second moment is {scale:g}")
+        raise ValueError(f"the median of the diagonal of the second moment is {scale:g}")
     identity = torch.eye(len(exact), dtype=exact.dtype, device=exact.device)
     solved = torch.linalg.solve(exact / scale + damping * identity, rows.T).T
     products = solved @ rows.T

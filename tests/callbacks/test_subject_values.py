@@ -93,7 +93,7 @@ def keys_of(model, tokenizer, edits):
 
 
 def moment_of(model, tokenizer, texts=TEXTS):
-    inputs = torch.cat([inputs_of(model, tokenizer, text)[1:] for text in texts])
+    inputs = torch.cat([inputs_of(model, tokenizer, text) for text in texts])
     return inputs.T @ inputs / len(inputs)
 
 
@@ -101,9 +101,9 @@ def test_steps_have_the_stated_direction_and_length(model, tokenizer, edits):
     base = world.load()[0]
     before = base.get_parameter(NAME).detach().double()
     keys, moment = keys_of(base, tokenizer, edits), moment_of(base, tokenizer)
-    duals = dual_keys(keys, moment, 0.05)
+    duals = dual_keys(keys, moment, 0.5)
     losses, gradients, history, _ = run_steps(
-        model, tokenizer, edits, SubjectValues(TEXTS, step_size=0.01, damping=0.05), steps=3
+        model, tokenizer, edits, SubjectValues(TEXTS, step_size=0.001, damping=0.5), steps=3
     )
     values, squares = torch.zeros(before.shape[0], len(edits), dtype=torch.float64), 0.0
     for step, (loss, gradient) in enumerate(zip(losses, gradients, strict=True), start=1):
@@ -111,7 +111,7 @@ def test_steps_have_the_stated_direction_and_length(model, tokenizer, edits):
         squares = 0.999 * squares + 0.001 * own.square().mean(0)
         roots = (squares / (1 - 0.999**step)).sqrt()
         direction = own / (roots + 0.3 * roots.mean())
-        values = values - 0.01 * loss / (own * direction).sum() * direction
+        values = values - 0.001 * loss / (own * direction).sum() * direction
     change, expected = model.get_parameter(NAME).detach().double() - before, values @ duals
     assert float((change - expected).norm() / expected.norm()) < 1e-3
     # The metrics describe the weights after the last step.
@@ -120,16 +120,6 @@ def test_steps_have_the_stated_direction_and_length(model, tokenizer, edits):
     assert history[-1]["edit/drift/subject_change"] == pytest.approx(float(at_subjects), rel=1e-3)
     assert history[-1]["edit/drift/text_change"] == pytest.approx(float(on_texts), rel=1e-3)
     assert on_texts < 0.5 * at_subjects
-
-
-def test_the_outputs_at_subjects_outside_of_the_batch_hardly_move(model, tokenizer, edits):
-    base = world.load()[0]
-    keys = keys_of(base, tokenizer, edits)
-    callback = SubjectValues(TEXTS, edits=edits)
-    run_steps(model, tokenizer, edits[:1], callback, steps=3)
-    change = (model.get_parameter(NAME) - base.get_parameter(NAME)).detach().double() @ keys.T
-    moved = change.norm(dim=0)
-    assert float(moved[1:].max() / moved[0]) < 0.1
 
 
 def test_a_run_is_resumed_bit_for_bit(tokenizer, edits):
@@ -169,9 +159,9 @@ def test_without_a_subject_the_key_is_read_at_the_end_of_the_prompt(model, token
     base = world.load()[0]
     unnamed = [Edit(edit.prompt, edit.target) for edit in edits]
     with pytest.warns(UserWarning, match="^SubjectValues: 4 of 4 edits have no subject in their prompt"):
-        run_steps(model, tokenizer, unnamed, SubjectValues(TEXTS), steps=1)
+        run_steps(model, tokenizer, unnamed, SubjectValues(TEXTS, damping=0.5), steps=1)
     keys = torch.stack([inputs_of(base, tokenizer, edit.prompt)[-1] for edit in unnamed])
-    duals = dual_keys(keys, moment_of(base, tokenizer), 1e-2)
+    duals = dual_keys(keys, moment_of(base, tokenizer), 0.5)
     change = (model.get_parameter(NAME) - base.get_parameter(NAME)).detach().double()
     outside = change - change @ torch.linalg.pinv(duals) @ duals
     assert float(outside.norm() / change.norm()) < 1e-3

@@ -50,3 +50,11 @@ def test_columns_share_their_average_square() -> None:
         # Without momentum, loss and gradient are those of this step.
         assert loss == pytest.approx(step)
         torch.testing.assert_close(means["weight"], gradient)
+
+
+def test_with_a_floor_small_gradients_move_their_entries_less() -> None:
+    averages = AdamAverages(momentum=0.0, by_column=True, floor=0.5)
+    _, _, directions = averages.update({"weight": torch.tensor([[3.0, 0.0], [4.0, 0.1]])}, 1.0)
+    roots = torch.tensor([12.5, 0.005]).sqrt()
+    expected = torch.tensor([[3.0, 0.0], [4.0, 0.1]]) / (roots + 0.5 * roots.mean())
+    torch.testing.assert_close(directions["weight"], expected)

@@ -19,7 +19,7 @@ def test_a_dual_key_has_the_product_one_with_its_own_key_and_zero_with_the_other
 
 
 def test_no_vector_with_the_same_products_is_smaller_on_the_texts() -> None:
-    damped = MOMENT / MOMENT.diagonal().mean() + 0.1 * torch.eye(6, dtype=torch.float64)
+    damped = MOMENT / MOMENT.diagonal().median() + 0.1 * torch.eye(6, dtype=torch.float64)
     found = dual_keys(KEYS, MOMENT, 0.1)
     # Changes that keep the products with all keys: what remains after the keys are projected out.
     free = torch.eye(6, dtype=torch.float64) - KEYS.T @ torch.linalg.solve(KEYS @ KEYS.T, KEYS)
