@@ -10,6 +10,10 @@ These are the scores on the 24 bundled edits. docs/results.md has scores on long
 ``--keep`` chooses how the answers to other prompts are kept. The default is ``null_space`` for pretrained models and
 ``kl`` for the bundled model.
 
+With ``--keep subject_values``, ``SubjectValues`` trains what a few early layers add at the subject of each edit. It
+keeps the outputs of these layers at the subjects of earlier edits. No learning rate is needed. This option needs a
+pretrained model and edits with subjects.
+
 With ``--keep null_space``, ``NullSpace`` reads the texts before the first edit. After each edit, it also reads that
 edit. Later edits then hardly change the outputs of the edited layers on the texts and on the earlier edits. No learning
 rate is needed.
@@ -53,6 +57,7 @@ from kedit_train.callbacks import (
     PrefixCache,
     StopWhenEdited,
     SubjectTokens,
+    SubjectValues,
     Texts,
     TokenLoss,
 )
@@ -63,7 +68,7 @@ from kedit_train.pretrained import load_model
 
 # Maximum number of epochs of each edit, which is also the maximum number of steps.
 EPOCHS = 40
-KL, NULL_SPACE = "kl", "null_space"
+KL, NULL_SPACE, SUBJECT_VALUES = "kl", "null_space", "subject_values"
 # Radius of the ball around the original weights, as a fraction of the norm of these weights.
 BALL = 0.5
 LEARNING_RATE, TEXTS_PER_STEP = 6e-4, 8
@@ -79,7 +84,9 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--texts", help="a file of texts on which the model should not change (world has its own texts)"
     )
-    parser.add_argument("--keep", choices=[KL, NULL_SPACE], help="how to keep other answers; see above for the default")
+    parser.add_argument(
+        "--keep", choices=[KL, NULL_SPACE, SUBJECT_VALUES], help="how to keep other answers; see above for the default"
+    )
     parser.add_argument(
         "--subject_tokens",
         action="store_true",
@@ -130,8 +137,20 @@ def null_space(texts: str, seed: int = 0, subject_tokens: bool = False) -> list[
     ]
 
 
+def subject_values(texts: str, seed: int = 0) -> list[EditCallback]:
+    """Return the callbacks that train what the layers add at the subject of an edit."""
+    return [
+        SubjectTokens(),
+        ParameterScope("0.14-0.29", modules="mlp.down_proj"),
+        TokenLoss(reduction="sample"),
+        StopWhenEdited(loss=0.05),
+        SubjectValues(Texts(texts, seed=seed), sequential=True, step_size=0.25),
+        PrefixCache(),
+    ]
+
+
 def kept_by(given: argparse.Namespace) -> str | None:
-    """Return how other answers are kept: "kl", "null_space", or None with ``--plain``."""
+    """Return how other answers are kept: "kl", "null_space", "subject_values", or None with ``--plain``."""
     if given.plain:
         return None
     return given.keep or (KL if given.model == world.NAME else NULL_SPACE)
@@ -142,6 +161,8 @@ def callbacks(given: argparse.Namespace) -> list[EditCallback]:
     texts, way = given.texts or world.NAME, kept_by(given)
     if way == NULL_SPACE:
         return null_space(texts, given.seed, given.subject_tokens)
+    if way == SUBJECT_VALUES:
+        return subject_values(texts, given.seed)
     if way is None:
         return learning()
     ball = BALL if given.ball is None else given.ball
@@ -162,9 +183,9 @@ def check(given: argparse.Namespace) -> None:
     if given.plain and (given.texts, given.ball, given.keep) != (None, None, None):
         raise EditError("--plain trains without constraints, so --texts, --ball and --keep must be left out.")
     for name in ("learning_rate", "ball", "texts_per_step"):
-        if getattr(given, name) is not None and kept_by(given) == NULL_SPACE:
+        if getattr(given, name) is not None and kept_by(given) != KL:
             raise EditError(
-                f"--{name} is an option of --keep kl, but --keep is null_space; leave it out, or set --keep kl."
+                f"--{name} is an option of --keep kl, but --keep is {kept_by(given)}; leave it out, or set --keep kl."
             )
     if given.subject_tokens and kept_by(given) != NULL_SPACE:
         raise EditError(

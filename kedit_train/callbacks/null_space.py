@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,8 @@ from kedit_train.core.drift.previous_inputs import PreviousInputs
 from kedit_train.core.drift.second_moments import SecondMoment, broadcast_from_first, input_moments
 from kedit_train.core.drift.sharded_projections import remove_preserved, remove_preserved_from_gradient
 from kedit_train.core.drift.shards import total
-from kedit_train.core.locality.consecutive_runs import continues_run, remaining_texts, require_edits
+from kedit_train.core.drift.text_moments import moments_of_run
+from kedit_train.core.locality.consecutive_runs import continues_run, require_edits
 from kedit_train.core.locality.neighbor_texts import neighbor_texts
 from kedit_train.core.locality.texts import Texts, TextSource
 from kedit_train.core.locality.token_sequences import tokenize_edits
@@ -157,9 +158,8 @@ class NullSpace(EditCallback):
         self._previous = PreviousInputs()
         # The second moments of the texts in preserve.
         self._preserved: dict[str, SecondMoment] = {}
-        # In a sequence of runs: the texts of the previous run, their second moments, the directions of the moments, and
-        # the directions of the earlier edits.
-        self._chosen: list[str] | None = None
+        # In a sequence: the texts of the previous run, their second moments, and the directions of texts and edits.
+        self._chosen: Sequence[str] | None = None
         self._text_moments: dict[str, SecondMoment] = {}
         self._of_texts: dict[str, Tensor] = {}
         self._of_previous: dict[str, Tensor] = {}
@@ -261,12 +261,12 @@ class NullSpace(EditCallback):
         elif self._of_texts.keys() != layers.keys():
             raise EditError("sequential=True needs the same scope in every run; create a new NullSpace for each scope.")
         elif self._chosen is not None:
-            kept = remaining_texts(self.texts, self._chosen, run)
-            left = set(kept)
-            if removed := [text for text in self._chosen if text not in left]:
-                own = self._moments(run, layers, replace(self.texts, source=removed, nearest=None), keep_leaks=True)
-                self._text_moments = {name: m - own[name] for name, m in self._text_moments.items()}
-                self._chosen, self._of_texts = kept, self._directions(self._text_moments)
+            before = self._text_moments
+            self._text_moments, self._chosen = moments_of_run(
+                before, self._chosen, self.texts, run, lambda texts: self._moments(run, layers, texts, keep_leaks=True)
+            )
+            if self._text_moments is not before:
+                self._of_texts = self._directions(self._text_moments)
         return self._of_texts
 
     def _moments(

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import weakref
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from kedit_train.arguments import above, check_arguments, integer_from, optional
 from kedit_train.callbacks.polyak_step import PolyakStep
 from kedit_train.core.cache.sequence_keys import hash_sequences
 from kedit_train.core.drift.factors_of_texts import check_no_adapters, factors_of_texts
 from kedit_train.core.drift.linear_layers import LinearLayer, find_linear_layers
+from kedit_train.core.drift.previous_inputs import Moments
 from kedit_train.core.drift.second_moments import broadcast_from_first
 from kedit_train.core.drift.subject_keys import subject_keys
+from kedit_train.core.drift.text_moments import moments_of_run
 from kedit_train.core.fsdp import full_tensor, shard_like
-from kedit_train.core.locality.consecutive_runs import given_edits
+from kedit_train.core.locality.consecutive_runs import continues_run, given_edits
 from kedit_train.core.locality.texts import Texts, TextSource
 from kedit_train.core.run import EditRun
 from kedit_train.data import EditDataset
@@ -70,6 +75,9 @@ class SubjectValues(PolyakStep):
             reduction is predicted from the gradient. Default 0.15.
         damping: added to the diagonal of the second moment, after the second moment was divided by the median of its
             diagonal. A higher damping lets the outputs on ``texts`` change more. Default 1e-2.
+        sequential: whether consecutive runs of this callback object on one model preserve the edits of earlier runs.
+            The dual keys then also have the product 0 with the keys of earlier edits, except for those whose prompt is
+            edited again. Only the first run reads the texts.
         factors_path: a ``.safetensors`` file for the second moments. If the file exists, they are read from it. If not,
             they are computed and written to it. A file is valid only for the weights and texts from which it was
             computed. A file of ``NullSpace`` can also be used.
@@ -123,6 +131,7 @@ class SubjectValues(PolyakStep):
         edits: Any = None,
         step_size: float = 0.15,
         damping: float = 1e-2,
+        sequential: bool = False,
         factors_path: str | Path | None = None,
         limit: int | None = None,
         batch_size: int = 8,
@@ -139,15 +148,21 @@ class SubjectValues(PolyakStep):
         # An iterator can be read only once, but later runs read the edits again.
         self.edits: Any = list(edits) if isinstance(edits, Iterator) else edits
         self.damping = damping
+        self.sequential = sequential
         self.factors_path = factors_path
         self.limit = limit
         self.batch_size = batch_size
         self._layers: dict[str, LinearLayer] = {}
-        # For each weight: keys [n, d_in], dual keys [n, d_in], second moment of the inputs on the texts [d_in, d_in].
+        # For each weight: keys [n, d_in], dual keys [n, d_in], second moment of the inputs on the texts.
         self._keys: dict[str, Tensor] = {}
         self._duals: dict[str, Tensor] = {}
-        self._moments: dict[str, Tensor] = {}
+        self._moments: Moments = {}
         self._source_hash = ""
+        # In a sequence of runs: the texts of the moments, and the keys of earlier edits (prompt -> weight -> [d_in]).
+        self._chosen: Sequence[str] = ()
+        self._earlier: dict[str, dict[str, Tensor]] = {}
+        self._prompts: list[str] = []
+        self._model: weakref.ref[nn.Module] | None = None
 
     def prepare(self, run: EditRun) -> None:
         run.causal_model()
@@ -165,16 +180,13 @@ class SubjectValues(PolyakStep):
             )
         self._layers = find_linear_layers(run.model, run.scope)
         check_no_adapters(self._layers)
+        self._prompts = [edit.prompt for edit in edits]
+        self._read_texts(run, continues=self.sequential and continues_run(self._model, run))
+        self._model = weakref.ref(run.model)
         tokenizer = run.tokenizer(self.texts.tokenizer)
-        sequences = self.texts.tokenize(run, limit=self.limit)
-        self._source_hash = hash_sequences([*sequences, *(tokenizer(edit.prompt).input_ids for edit in edits)])
-        factors = factors_of_texts(
-            run, self._layers, sequences, seed=self.texts.seed, batch_size=self.batch_size, path=self.factors_path,
-            inputs_only=True,
-        )  # fmt: skip
-        self._moments = {n: moment.mean.to(run.scope[n].device) for n, moment in factors.inputs.items()}
+        self._source_hash = hash_sequences(tokenizer([*self._chosen, *self._prompts]).input_ids)
         self._keys = subject_keys(run, self._layers, edits, tokenizer, batch_size=self.batch_size)
-        self._duals = {name: self._dual_keys(name) for name in self._layers}
+        self._compute_duals()
         super().attach(run)
 
     def new_averages(self) -> AdamAverages:
@@ -200,12 +212,13 @@ class SubjectValues(PolyakStep):
             change = full_tensor(layer.as_matrix(wide(run.scope[name].detach()))) - before
             for i, weight in enumerate((change, before)):
                 at_subjects[i] += float((weight @ self._keys[name].T).square().sum())
-                on_texts[i] += float((weight @ self._moments[name] * weight).sum())
+                on_texts[i] += float((weight @ self._moments[name].mean.to(weight) * weight).sum())
         found = {"subject_change": at_subjects, "text_change": on_texts}
         return {f"edit/drift/{n}": (moved / whole) ** 0.5 for n, (moved, whole) in found.items() if whole > 0.0}
 
     def state(self) -> dict[str, Any]:
-        return {**super().state(), "keys": {"source": self._source_hash, "damping": self.damping}}
+        keys = {"source": self._source_hash, "damping": self.damping}
+        return {**super().state(), "keys": keys, "earlier": {p: dict(keys) for p, keys in self._earlier.items()}}
 
     def load_state(self, state: dict[str, Any]) -> None:
         if state.get("keys") != {"source": self._source_hash, "damping": self.damping}:
@@ -214,21 +227,60 @@ class SubjectValues(PolyakStep):
                 "and damping= of the run that wrote the checkpoint, or start a new run."
             )
         super().load_state(state)
+        self._earlier = {
+            prompt: {name: key.to(self._keys[name], copy=True) for name, key in keys.items()}
+            for prompt, keys in state["earlier"].items()
+        }
+        if self._earlier:
+            self._compute_duals()
+
+    def finish(self, run: EditRun) -> None:
+        if self.sequential:
+            for i, prompt in enumerate(self._prompts):
+                self._earlier[prompt] = {name: keys[i] for name, keys in self._keys.items()}
 
     def detach(self, run: EditRun) -> None:
         super().detach(run)
-        self._layers, self._keys, self._duals, self._moments = {}, {}, {}, {}
+        self._layers, self._keys, self._duals = {}, {}, {}
+        if not self.sequential:
+            self._moments, self._earlier, self._chosen = {}, {}, ()
 
-    def _dual_keys(self, name: str) -> Tensor:
-        try:
-            found = dual_keys(self._keys[name], self._moments[name], self.damping)
-        except ValueError as error:
-            raise EditError(
-                f"no activation reaches {name} on the texts or at the subjects ({error}); remove this weight from the "
-                "scope."
-            ) from error
-        # Every process must take the same step, but the last bits of a solution may differ between processes.
-        return broadcast_from_first([found])[0]
+    def _read_texts(self, run: EditRun, *, continues: bool) -> None:
+        """Compute the second moments on the texts. In later runs of a sequence, only remove texts from them."""
+        if continues:
+            if self._moments.keys() != self._layers.keys():
+                raise EditError(
+                    "sequential=True needs the same scope in every run; create a new callback for each scope."
+                )
+            self._moments, self._chosen = moments_of_run(
+                self._moments, self._chosen, self.texts, run, lambda texts: self._measure(run, texts)
+            )
+            self._earlier = {prompt: keys for prompt, keys in self._earlier.items() if prompt not in self._prompts}
+            return
+        tokenizer = run.tokenizer(self.texts.tokenizer)
+        self._chosen = self.texts.load(run.edits, limit=self.limit, tokenizer=tokenizer)
+        self._moments = self._measure(run, replace(self.texts, source=self._chosen, nearest=None), self.factors_path)
+        self._earlier = {}
+
+    def _measure(self, run: EditRun, texts: Texts, path: str | Path | None = None) -> Moments:
+        sequences = texts.tokenize(run, edits=())
+        return factors_of_texts(
+            run, self._layers, sequences, seed=texts.seed, batch_size=self.batch_size, path=path, inputs_only=True
+        ).inputs
+
+    def _compute_duals(self) -> None:
+        for name, keys in self._keys.items():
+            # Each dual key has the product 0 with the keys of earlier edits, too.
+            rows = torch.stack([*keys, *(earlier[name] for earlier in self._earlier.values())])
+            try:
+                found = dual_keys(rows, self._moments[name].mean.to(rows), self.damping)[: len(keys)]
+            except ValueError as error:
+                raise EditError(
+                    f"no activation reaches {name} on the texts or at the subjects ({error}); remove this weight from "
+                    "the scope."
+                ) from error
+            # Every process must take the same step, but the last bits of a solution may differ between processes.
+            (self._duals[name],) = broadcast_from_first([found])
 
     def __repr__(self) -> str:
         return f"SubjectValues(step_size={self.step_size}, damping={self.damping})"

@@ -40,8 +40,12 @@ RECIPES = (
     "null_space", "replay", "f_learning", "kedit_default", "second_order", "one_by_one",
 )  # fmt: skip
 # Callbacks, learning rate and epochs of these recipes are those of recipes/one_by_one.py, without and with its option
-# --subject_tokens.
-ONE_BY_ONE, ONE_BY_ONE_SUBJECT = SCRIPTED = ("one_by_one", "one_by_one_subject")
+# --subject_tokens, and with --keep subject_values.
+ONE_BY_ONE, ONE_BY_ONE_SUBJECT, ONE_BY_ONE_VALUES = SCRIPTED = (
+    "one_by_one",
+    "one_by_one_subject",
+    "one_by_one_values",
+)
 # Methods without a file of their own, and the recipe whose settings they share: LowCurvature in place of NullSpace, and
 # LoRA without callbacks.
 VARIANTS = {
@@ -206,7 +210,9 @@ class Method:
             script = one_by_one()
             subject_tokens = name == ONE_BY_ONE_SUBJECT
             self.made = (
-                script.null_space(world.NAME, subject_tokens=subject_tokens)
+                script.subject_values(world.NAME)
+                if name == ONE_BY_ONE_VALUES
+                else script.null_space(world.NAME, subject_tokens=subject_tokens)
                 if subject_tokens or setting.name.startswith("smollm2")
                 else [*script.learning(), *script.constraints(world.NAME, script.BALL)]
             )

@@ -130,6 +130,52 @@ def test_a_run_is_resumed_bit_for_bit(tokenizer, edits):
     assert torch.equal(models[0].get_parameter(NAME), models[1].get_parameter(NAME))
 
 
+def test_later_runs_keep_the_outputs_at_the_subjects_of_earlier_runs(model, tokenizer, edits):
+    callback = SubjectValues(TEXTS, sequential=True, damping=0.5)
+    run_steps(model, tokenizer, edits[:2], callback)
+    keys, before = keys_of(model, tokenizer, edits), model.get_parameter(NAME).detach().double()
+    # The layers below do not change, so the keys are the same in every run.
+    run_steps(model, tokenizer, edits[2:], callback)
+    change = (model.get_parameter(NAME).detach().double() - before) @ keys.T
+    kept = float(change[:, :2].norm() / change[:, 2:].norm())
+    # Without the earlier keys, a run changes them.
+    other = world.load()[0]
+    run_steps(other, tokenizer, edits[2:], SubjectValues(TEXTS, damping=0.5))
+    free = (other.get_parameter(NAME) - world.load()[0].get_parameter(NAME)).detach().double() @ keys.T
+    assert kept < 0.25 * float(free[:, :2].norm() / free[:, 2:].norm())
+
+
+def test_a_prompt_that_is_edited_again_is_no_longer_kept(model, tokenizer, edits):
+    callback = SubjectValues(TEXTS, sequential=True)
+    run_steps(model, tokenizer, edits[:1], callback)
+    losses = run_steps(model, tokenizer, [Edit(edits[0].prompt, "the moon", subject=edits[0].subject)], callback)[0]
+    assert losses[1] < losses[0]
+
+
+def test_later_runs_do_not_use_texts_with_their_evaluation_prompts(model, tokenizer, edits):
+    texts = [text for text in TEXTS if edits[1].prompt not in text]
+    callback = SubjectValues([*texts, f"{edits[1].prompt} somewhere."], sequential=True)
+    run_steps(model, tokenizer, edits[:1], callback, steps=1)
+    assert len(callback._chosen) == len(texts) + 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        run_steps(model, tokenizer, edits[1:2], callback, steps=1)
+    assert callback._chosen == texts
+    (moment,) = callback._moments.values()
+    torch.testing.assert_close(moment.mean.double(), moment_of(world.load()[0], tokenizer, texts), rtol=1e-3, atol=1e-3)
+
+
+def test_a_run_of_a_sequence_is_resumed_bit_for_bit(tokenizer, edits):
+    models, callbacks = [world.load()[0] for _ in range(2)], [SubjectValues(TEXTS, sequential=True) for _ in range(2)]
+    for model, callback in zip(models, callbacks, strict=True):
+        run_steps(model, tokenizer, edits[:2], callback)
+    run_steps(models[0], tokenizer, edits[2:], callbacks[0], steps=4)
+    saved = run_steps(models[1], tokenizer, edits[2:], callbacks[1], steps=2)[-1]
+    # A new process has no earlier keys of its own, so it reads them from the checkpoint.
+    run_steps(models[1], tokenizer, edits[2:], SubjectValues(TEXTS, sequential=True), steps=2, state=saved)
+    assert torch.equal(models[0].get_parameter(NAME), models[1].get_parameter(NAME))
+
+
 @pytest.mark.parametrize("changed", ["texts", "damping", "edits"])
 def test_a_run_with_other_keys_cannot_be_resumed(model, tokenizer, edits, changed):
     saved = run_steps(model, tokenizer, edits, SubjectValues(TEXTS), steps=1)[-1]
