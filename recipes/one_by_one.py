@@ -140,7 +140,6 @@ def null_space(texts: str, seed: int = 0, subject_tokens: bool = False) -> list[
 def subject_values(texts: str, seed: int = 0) -> list[EditCallback]:
     """Return the callbacks that train what the layers add at the subject of an edit."""
     return [
-        SubjectTokens(),
         ParameterScope("0.14-0.29", modules="mlp.down_proj"),
         TokenLoss(reduction="sample"),
         StopWhenEdited(loss=0.05),

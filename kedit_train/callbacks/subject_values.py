@@ -28,7 +28,7 @@ from kedit_train.data import EditDataset
 from kedit_train.data.neighbor_prompts import has_subject
 from kedit_train.errors import EditError, warn
 from kedit_train.functional.adam import AdamAverages
-from kedit_train.functional.dual_keys import dual_keys
+from kedit_train.functional.dual_keys import distinctness, dual_keys
 from kedit_train.functional.precision import full_precision, wide
 from kedit_train.paths import SAFETENSORS_PATH
 
@@ -57,9 +57,8 @@ class SubjectValues(PolyakStep):
     layer), so edits that are already learned move little. The length of the step follows from the loss, as in
     :class:`PolyakStep`, so no learning rate is needed.
 
-    Add :class:`SubjectTokens`, so that the values get gradients only from the subjects. Other callbacks act as usual: a
-    penalty (``KLLocality``) is part of the gradient, and constraints (``NullSpace``, ``NormBall``, ``GradientMask``)
-    are applied after the step.
+    Other callbacks act as usual: a penalty (``KLLocality``) is part of the gradient, and constraints (``NullSpace``,
+    ``NormBall``, ``GradientMask``) are applied after the step.
 
     Use this callback only with a pretrained language model, and train layers in the first third of the network, such as
     ``ParameterScope("0.14-0.29")``. MEMIT and AlphaEdit train the same layers. The small bundled model does not look up
@@ -69,8 +68,9 @@ class SubjectValues(PolyakStep):
         texts: a source of texts on which predictions should stay the same, or a :class:`Texts`. The second moments of
             the layers' inputs are computed on them.
         edits: the edits that are trained (a path, a list of ``Edit`` or an ``EditDataset``). None uses the edits of
-            ``EditMetrics``, ``EditDataModule``, ``EditSFTTrainer`` or ``editing(edits=)``. The key of an edit without a
-            subject is the input at the last token of its prompt.
+            ``EditMetrics``, ``EditDataModule``, ``EditSFTTrainer`` or ``editing(edits=)``. If an edit has
+            no subject, or if the layers receive hardly any information at the subject, its key is the input at that
+            token of its prompt that differs most from the texts.
         step_size: how much each step should reduce the training loss, as a fraction of the loss, in (0, 1]. The
             reduction is predicted from the gradient. Default 0.15.
         damping: added to the diagonal of the second moment, after the second moment was divided by the median of its
@@ -174,7 +174,7 @@ class SubjectValues(PolyakStep):
         edits = list(given_edits(run, self.edits))
         if without := sum(not has_subject(edit) for edit in edits):
             warn(
-                f"{without} of {len(edits)} edits have no subject in their prompt, so their keys are read at the last "
+                f"{without} of {len(edits)} edits have no subject in their prompt, so their keys are read at another "
                 "token of the prompt, and rephrased prompts will seldom get the new answer; give Edit(subject=) the "
                 "name of the thing that the edit is about."
             )
@@ -185,7 +185,9 @@ class SubjectValues(PolyakStep):
         self._model = weakref.ref(run.model)
         tokenizer = run.tokenizer(self.texts.tokenizer)
         self._source_hash = hash_sequences(tokenizer([*self._chosen, *self._prompts]).input_ids)
-        self._keys = subject_keys(run, self._layers, edits, tokenizer, batch_size=self.batch_size)
+        self._keys = subject_keys(
+            run, self._layers, edits, tokenizer, distinctness=self._distinctness, batch_size=self.batch_size
+        )
         self._compute_duals()
         super().attach(run)
 
@@ -267,6 +269,9 @@ class SubjectValues(PolyakStep):
         return factors_of_texts(
             run, self._layers, sequences, seed=texts.seed, batch_size=self.batch_size, path=path, inputs_only=True
         ).inputs
+
+    def _distinctness(self, name: str, keys: Tensor) -> Tensor:
+        return distinctness(keys, self._moments[name].mean.to(keys), self.damping)
 
     def _compute_duals(self) -> None:
         for name, keys in self._keys.items():

@@ -45,15 +45,39 @@ def dual_keys(keys: Tensor, moment: Tensor, damping: float) -> Tensor:
         tensor([[1., 0.],
                 [0., 1.]])
     """
-    exact, rows = widest(moment), widest(keys)
-    scale = float(exact.diagonal().median())
-    if not 0.0 < scale < float("inf"):
-        raise ValueError(f"the median of the diagonal of the second moment is {scale:g}")
-    identity = torch.eye(len(exact), dtype=exact.dtype, device=exact.device)
-    solved = torch.linalg.solve(exact / scale + damping * identity, rows.T).T
+    rows = widest(keys)
+    solved = _solve(rows, widest(moment), damping)
     products = solved @ rows.T
     size = float(products.diagonal().mean())
     if not 0.0 < size < float("inf"):
         raise ValueError("all keys are zero or not finite")
-    ridge = _RIDGE * size * torch.eye(len(rows), dtype=exact.dtype, device=exact.device)
+    ridge = _RIDGE * size * torch.eye(len(rows), dtype=rows.dtype, device=rows.device)
     return torch.linalg.solve(products + ridge, solved).to(keys)
+
+
+def distinctness(keys: Tensor, moment: Tensor, damping: float) -> Tensor:
+    """Return how much each key differs from the inputs on other texts.
+
+    The result is ``kᵀ (A + damping t I)⁻¹ k / d``. Its mean over the inputs on the texts is at most 1. If the result is
+    large, a weight change along the dual key of k hardly changes the outputs on the texts. If it is far below 1, as at
+    an attention sink, many tokens of the texts have nearly the same input.
+
+    Args:
+        keys: n keys, [n, d].
+        moment: A, [d, d], as in :func:`dual_keys`. t is the median of its diagonal.
+        damping: above 0.
+
+    Returns:
+        [n], above 0 for keys that are not zero, in fp64.
+    """
+    rows = widest(keys)
+    exact = widest(moment)
+    return (_solve(rows, exact, damping) * rows).sum(dim=1) / (float(exact.diagonal().median()) * len(exact))
+
+
+def _solve(rows: Tensor, moment: Tensor, damping: float) -> Tensor:
+    scale = float(moment.diagonal().median())
+    if not 0.0 < scale < float("inf"):
+        raise ValueError(f"the median of the diagonal of the second moment is {scale:g}")
+    identity = torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
+    return torch.linalg.solve(moment / scale + damping * identity, rows.T).T

@@ -201,13 +201,18 @@ def test_constraints_are_exact_beside_it(model, tokenizer, edits):
     assert history[-1]["edit/drift/null_space_leak"] < 1e-4
 
 
-def test_without_a_subject_the_key_is_read_at_the_end_of_the_prompt(model, tokenizer, edits):
+def test_without_a_subject_the_key_is_the_most_distinct_input_of_the_prompt(model, tokenizer, edits):
     base = world.load()[0]
     unnamed = [Edit(edit.prompt, edit.target) for edit in edits]
     with pytest.warns(UserWarning, match="^SubjectValues: 4 of 4 edits have no subject in their prompt"):
         run_steps(model, tokenizer, unnamed, SubjectValues(TEXTS, damping=0.5), steps=1)
-    keys = torch.stack([inputs_of(base, tokenizer, edit.prompt)[-1] for edit in unnamed])
-    duals = dual_keys(keys, moment_of(base, tokenizer), 0.5)
+    moment = moment_of(base, tokenizer)
+    damped = moment / moment.diagonal().median() + 0.5 * torch.eye(len(moment), dtype=moment.dtype)
+    keys = []
+    for edit in unnamed:
+        inputs = inputs_of(base, tokenizer, edit.prompt)[1:]
+        keys.append(inputs[torch.einsum("ti,ij,tj->t", inputs, damped.inverse(), inputs).argmax()])
+    duals = dual_keys(torch.stack(keys), moment, 0.5)
     change = (model.get_parameter(NAME) - base.get_parameter(NAME)).detach().double()
     outside = change - change @ torch.linalg.pinv(duals) @ duals
     assert float(outside.norm() / change.norm()) < 1e-3
@@ -247,3 +252,29 @@ def test_what_it_needs_is_said_before_the_first_step(model, tokenizer, edits):
         attach(SubjectValues(TEXTS), TokenLoss("cross_entropy"), edits=None)
     with pytest.raises(EditError, match="keep only one of PolyakStep, SecondOrderLocality and SubjectValues"):
         attach(SubjectValues(TEXTS), PolyakStep(), TokenLoss("cross_entropy"))
+
+
+def test_an_edit_with_its_subject_at_an_attention_sink_is_trained_at_a_later_token(edits):
+    """The keys are chosen by the distinctness of the inputs: here, the inputs at the subject hardly differ."""
+    from kedit_train.core.drift.linear_layers import find_linear_layers
+    from kedit_train.core.drift.subject_keys import subject_keys
+
+    model, tokenizer = world.load()
+    subject = keys_of(model, tokenizer, edits)
+    with editing(model, [scope()], tokenizer=tokenizer, edits=edits) as run:
+        run.before_step()
+        layers = find_linear_layers(model, {NAME: model.get_parameter(NAME)})
+
+        def distinctness(name, keys):
+            # Every input is distinct, except for that at the first subject.
+            return torch.where((keys.double() - subject[0]).norm(dim=1) < 1e-3, 1e-3, 1.0 + keys[:, 0].double() ** 2)
+
+        with pytest.warns(UserWarning, match="in 1 of 4 prompts .*at the subject, because it stands at the start"):
+            found = subject_keys(run.run, layers, list(edits), tokenizer, distinctness=distinctness, batch_size=2)[
+                NAME
+            ].double()
+    torch.testing.assert_close(found[1:], subject[1:], rtol=1e-4, atol=1e-4)
+    after = inputs_of(model, tokenizer, edits[0].prompt)
+    end = int((after - subject[0]).norm(dim=1).argmin())
+    best = end + 1 + int((after[end + 1 :, 0] ** 2).argmax())
+    torch.testing.assert_close(found[0], after[best], rtol=1e-4, atol=1e-4)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kedit_train.functional.dual_keys import dual_keys
+from kedit_train.functional.dual_keys import distinctness, dual_keys
 
 GENERATOR = torch.Generator().manual_seed(0)
 INPUTS = torch.randn(40, 6, generator=GENERATOR, dtype=torch.float64) * torch.arange(1, 7)
@@ -50,3 +50,11 @@ def test_with_a_large_damping_they_are_the_pseudoinverse() -> None:
 def test_zeros_are_an_error(keys: torch.Tensor, moment: torch.Tensor, expected: str) -> None:
     with pytest.raises(ValueError, match=expected):
         dual_keys(keys, moment, 0.1)
+
+
+def test_the_mean_distinctness_of_the_inputs_on_the_texts_is_one() -> None:
+    found = distinctness(INPUTS, MOMENT, 1e-9)
+    damped = MOMENT + 1e-9 * MOMENT.diagonal().median() * torch.eye(6, dtype=torch.float64)
+    torch.testing.assert_close(found, torch.einsum("ti,ij,tj->t", INPUTS, damped.inverse(), INPUTS) / 6)
+    assert float(found.mean()) == pytest.approx(1.0, abs=1e-6)
+    assert float(distinctness(INPUTS, MOMENT, 1.0).mean()) < 1.0

@@ -71,7 +71,7 @@ def test_subject_values_edits_the_same_facts_and_can_be_read_by_the_entry(parser
         assert values["data"][key] == tokens["data"][key]
     config = parser.parse_path(str(VALUES), defaults=True)
     names = [callback.class_path.rpartition(".")[2] for callback in config.trainer.callbacks]
-    assert names[:4] == ["ParameterScope", "SubjectTokens", "TokenLoss", "SubjectValues"]
+    assert names[:3] == ["ParameterScope", "TokenLoss", "SubjectValues"]
     assert names[-1] == "EditMetrics"
     assert len(VALUES.read_text().splitlines()) <= 60
     assert "lightning run recipes/subject_values.yaml\n" in VALUES.read_text()
