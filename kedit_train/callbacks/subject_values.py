@@ -216,7 +216,8 @@ class SubjectValues(PolyakStep):
                 at_subjects[i] += float((weight @ self._keys[name].T).square().sum())
                 on_texts[i] += float((weight @ self._moments[name].mean.to(weight) * weight).sum())
         found = {"subject_change": at_subjects, "text_change": on_texts}
-        return {f"edit/drift/{n}": (moved / whole) ** 0.5 for n, (moved, whole) in found.items() if whole > 0.0}
+        # Rounding can make a square on the texts slightly negative.
+        return {f"edit/drift/{n}": max(0.0, moved / whole) ** 0.5 for n, (moved, whole) in found.items() if whole > 0.0}
 
     def state(self) -> dict[str, Any]:
         keys = {"source": self._source_hash, "damping": self.damping}

@@ -59,8 +59,7 @@ class EditRun(RunState):
         root.__dict__[_ATTRIBUTE] = self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # A copied or pickled model is an ordinary model. The run stays with the original.
-        return type(None), ()
+        return type(None), ()  # A copied or pickled model is an ordinary model. The run stays with the original.
 
     # -- the lifecycle
 
@@ -102,7 +101,7 @@ class EditRun(RunState):
             previous.close()
         if callback not in run.callbacks:
             joined = [*run.callbacks, callback]
-            # Ties are broken by name, so that the result does not depend on the order of the user's list.
+            # Ties are broken by name, so that the order of the user's list does not matter.
             try:
                 check_duplicates(joined)
                 run.callbacks = sorted(joined, key=lambda c: (c.order, type(c).__name__, repr(c)))
@@ -144,6 +143,7 @@ class EditRun(RunState):
                 self._begin()
         if not self.has_attached(callback):
             self._attached.add(id(callback))
+            reshard(self.root)  # The callback before may have run the model.
             with reported_by(type(callback).__name__):
                 callback.attach(self)
                 if callback in self._saved_states:

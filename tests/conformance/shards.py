@@ -124,7 +124,7 @@ class Gathered(EditCallback):
 
 
 # Adam divides by the size of each gradient entry, which enlarges rounding errors. In fp64, they stay small.
-IN_FP64 = ("null space", "curvature", "fisher", "second order")
+IN_FP64 = ("null space", "curvature", "fisher", "second order", "subject values")
 
 
 class Rows(EditCallback):

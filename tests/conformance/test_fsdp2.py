@@ -64,6 +64,9 @@ def test_sharded_training_ends_with_the_weights_of_one_process(case: str, style:
     first, second = (load_file(folder / f"{case}-{style}-{rank}.safetensors") for rank in range(2))
     before, moved = {name: value.to(alone[name].dtype) for name, value in base().items()}, 0
     tolerance = 1e-9 if case in shards.IN_FP64 else 1e-3
+    if case == "subject values":
+        # With the few texts of this test, the second moments have a large condition number.
+        tolerance = 1e-6
     for name in before:
         assert torch.equal(first[name].view(torch.int32), second[name].view(torch.int32)), name
         if case != "everything" and name not in SCOPE:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.fsdp import FSDPModule
 
 from kedit_train.core.drift.linear_layers import LinearLayer
 from kedit_train.core.drift.model_batches import Batch
@@ -108,7 +108,7 @@ def input_moments(
     every = {module for _, module in modules}
     # Models that read no text may call a module several times, depending on the input. Hooks of a sharded model gather
     # and free the weights, so its forward passes must not be interrupted.
-    complete = not skip_head or any(isinstance(parameter, DTensor) for parameter in model.parameters())
+    complete = not skip_head or any(isinstance(module, FSDPModule) for module in run.root.modules())
     once = False
 
     def all_seen() -> bool:
