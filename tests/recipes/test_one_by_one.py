@@ -73,6 +73,28 @@ def test_edits_can_be_trained_at_the_tokens_of_their_subjects() -> None:
         }  # fmt: skip
 
 
+def test_the_values_at_the_subjects_can_be_trained() -> None:
+    script = runpy.run_path(str(SCRIPT))
+    chosen = script["callbacks"](script["arguments"](["--model", "m", "--keep", "subject_values"]))
+    assert [type(callback).__name__ for callback in chosen] == [
+        "ParameterScope", "TokenLoss", "StopWhenEdited", "SubjectValues", "PrefixCache"
+    ]  # fmt: skip
+    assert chosen[3].sequential
+
+
+@pytest.mark.slow
+def test_a_pretrained_model_learns_values_and_keeps_earlier_edits(tmp_path: Path) -> None:
+    files = catalog.folder("recipes") / "smollm2"
+    done = call(
+        tmp_path, "--model", str(smollm2()), "--edits", str(files / "facts.jsonl"), "--texts", str(files / "keep.txt"),
+        "--keep", "subject_values", "--limit", "5",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    metrics = json.loads((tmp_path / "report.json").read_text())["metrics"]
+    assert metrics["reliability"]["generated"]["value"] == 1.0
+    assert metrics["locality"]["generated"]["value"] > 0.7
+
+
 @pytest.mark.slow
 def test_a_pretrained_model_learns_edits_at_the_tokens_of_their_subjects(tmp_path: Path) -> None:
     files = catalog.folder("recipes") / "smollm2"
