@@ -194,6 +194,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from kedit_train.callbacks import GradientMask, MaskScore, WeightAnchor, editing
 dist.init_process_group("gloo", init_method="file://" + sys.argv[1], rank=int(sys.argv[2]), world_size=2)
+torch.manual_seed(0)
 model = nn.Linear(16, 8)
 with editing(model, [mask := GradientMask(MaskScore("random", seed=dist.get_rank()))]) as edit:
     edit.before_step()
