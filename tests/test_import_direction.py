@@ -22,7 +22,12 @@ LAYERS = (
     ("catalog", "cli", "__main__", "__init__"),
 )
 # A callback imports no other callback, unless it is a subclass of it.
-SUBCLASSES = {"token_smoothing": "token_loss", "context_teacher": "token_loss", "second_order_locality": "polyak_step"}
+SUBCLASSES = {
+    "token_smoothing": "token_loss",
+    "context_teacher": "token_loss",
+    "second_order_locality": "polyak_step",
+    "subject_values": "polyak_step",
+}
 RANK = {room: rank for rank, rooms in enumerate(LAYERS) for room in rooms}
 
 
