@@ -109,8 +109,7 @@ class EditSFTConfig(SFTConfig):
             as in :class:`~kedit_train.modules.EditDataModule`.
 
     Raises:
-        EditError: the value of a callback field is neither a mapping nor true, or contains an argument that the
-            callback does not have.
+        EditError: the value of a callback field is neither a mapping nor true, or has an argument that does not exist.
 
     Example:
         >>> from kedit_train import EditSFTConfig
@@ -135,12 +134,8 @@ class EditSFTConfig(SFTConfig):
     edits: str | None = field(default=None, metadata={"help": 'A file of edits in any known format, or "world".'})
     parameter_scope: Arguments = field(default=None, metadata=_help("Which parameters may change?"))
     gradient_mask: Arguments = field(default=None, metadata=_help("Which entries of the weight matrices may change?"))
-    subject_tokens: Arguments = field(
-        default=None, metadata=_help("Train the weights at the tokens of the subject only.")
-    )
-    subject_values: Arguments = field(
-        default=None, metadata=_help("Train what the layers add at the subject of each edit.")
-    )
+    subject_tokens: Arguments = field(default=None, metadata=_help("Train only at the tokens of the subject."))
+    subject_values: Arguments = field(default=None, metadata=_help("Train only what layers add at the subjects."))
     gated_adapter: Arguments = field(default=None, metadata=_help("For which prompts may a LoRA adapter act?"))
     prompt_format: Arguments = field(
         default="plain", metadata={"help": "Format of the prompts: plain, chat or question."}

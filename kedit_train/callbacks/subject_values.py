@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from kedit_train.data import EditDataset
 from kedit_train.data.neighbor_prompts import has_subject
 from kedit_train.errors import EditError, warn
 from kedit_train.functional.adam import AdamAverages
-from kedit_train.functional.dual_keys import distinctness, dual_keys
+from kedit_train.functional.dual_keys import DampedMoment, distinctness, dual_keys
 from kedit_train.functional.precision import full_precision, wide
 from kedit_train.paths import SAFETENSORS_PATH
 
@@ -157,6 +158,10 @@ class SubjectValues(PolyakStep):
         self._keys: dict[str, Tensor] = {}
         self._duals: dict[str, Tensor] = {}
         self._moments: Moments = {}
+        # The factorized moments, which all runs of a sequence share.
+        self._damped: dict[str, DampedMoment] = {}
+        # The sums of the squared outputs before the edit: at the subjects, and on the texts.
+        self._outputs = (0.0, 0.0)
         self._source_hash = ""
         # In a sequence of runs: the texts of the moments, and the keys of earlier edits (prompt -> weight -> [d_in]).
         self._chosen: Sequence[str] = ()
@@ -184,11 +189,14 @@ class SubjectValues(PolyakStep):
         self._read_texts(run, continues=self.sequential and continues_run(self._model, run))
         self._model = weakref.ref(run.model)
         tokenizer = run.tokenizer(self.texts.tokenizer)
-        self._source_hash = hash_sequences(tokenizer([*self._chosen, *self._prompts]).input_ids)
+        self._source_hash = hash_sequences([list(text.encode()) for text in (*self._chosen, *self._prompts)])
         self._keys = subject_keys(
             run, self._layers, edits, tokenizer, distinctness=self._distinctness, batch_size=self.batch_size
         )
         self._compute_duals()
+        if not self.sequential:
+            self._damped = {}
+        self._outputs = self._squares({name: full_tensor(wide(run.reference[name])) for name in self._layers})
         super().attach(run)
 
     def new_averages(self) -> AdamAverages:
@@ -208,16 +216,21 @@ class SubjectValues(PolyakStep):
         return shard_like(change, self.run.scope[name])
 
     def metrics(self, run: EditRun) -> dict[str, float]:
-        at_subjects, on_texts = [0.0, 0.0], [0.0, 0.0]
-        for name, layer in self._layers.items():
-            before = full_tensor(layer.as_matrix(wide(run.reference[name])))
-            change = full_tensor(layer.as_matrix(wide(run.scope[name].detach()))) - before
-            for i, weight in enumerate((change, before)):
-                at_subjects[i] += float((weight @ self._keys[name].T).square().sum())
-                on_texts[i] += float((weight @ self._moments[name].mean.to(weight) * weight).sum())
-        found = {"subject_change": at_subjects, "text_change": on_texts}
+        if not self._layers:
+            return {}
+        changes = {n: full_tensor(wide(run.scope[n].detach()) - wide(run.reference[n])) for n in self._layers}
+        parts = zip(("subject_change", "text_change"), self._squares(changes), self._outputs, strict=True)
         # Rounding can make a square on the texts slightly negative.
-        return {f"edit/drift/{n}": max(0.0, moved / whole) ** 0.5 for n, (moved, whole) in found.items() if whole > 0.0}
+        return {f"edit/drift/{n}": max(0.0, moved / whole) ** 0.5 for n, moved, whole in parts if whole > 0.0}
+
+    def _squares(self, weights: Mapping[str, Tensor]) -> tuple[float, float]:
+        """Return the sums of the squared outputs of the weights: at the subjects, and on the texts (mean per token)."""
+        at_subjects = on_texts = 0.0
+        for name, layer in self._layers.items():
+            weight = layer.as_matrix(weights[name])
+            at_subjects += float((weight @ self._keys[name].T).square().sum())
+            on_texts += float((weight @ self._moments[name].mean.to(weight) * weight).sum())
+        return at_subjects, on_texts
 
     def state(self) -> dict[str, Any]:
         keys = {"source": self._source_hash, "damping": self.damping}
@@ -255,15 +268,19 @@ class SubjectValues(PolyakStep):
                 raise EditError(
                     "sequential=True needs the same scope in every run; create a new callback for each scope."
                 )
+            before = self._moments
             self._moments, self._chosen = moments_of_run(
-                self._moments, self._chosen, self.texts, run, lambda texts: self._measure(run, texts)
+                before, self._chosen, self.texts, run, lambda texts: self._measure(run, texts)
             )
-            self._earlier = {prompt: keys for prompt, keys in self._earlier.items() if prompt not in self._prompts}
+            if self._moments is not before:
+                self._damped = {}
+            edited = set(self._prompts)
+            self._earlier = {prompt: keys for prompt, keys in self._earlier.items() if prompt not in edited}
             return
         tokenizer = run.tokenizer(self.texts.tokenizer)
         self._chosen = self.texts.load(run.edits, limit=self.limit, tokenizer=tokenizer)
         self._moments = self._measure(run, replace(self.texts, source=self._chosen, nearest=None), self.factors_path)
-        self._earlier = {}
+        self._damped, self._earlier = {}, {}
 
     def _measure(self, run: EditRun, texts: Texts, path: str | Path | None = None) -> Moments:
         sequences = texts.tokenize(run, edits=())
@@ -272,21 +289,35 @@ class SubjectValues(PolyakStep):
         ).inputs
 
     def _distinctness(self, name: str, keys: Tensor) -> Tensor:
-        return distinctness(keys, self._moments[name].mean.to(keys), self.damping)
+        return distinctness(keys, self._damped_moment(name))
+
+    def _damped_moment(self, name: str) -> DampedMoment:
+        if name not in self._damped:
+            moment = self._moments[name].mean.to(self.run.scope[name].device)
+            with _reaching(name):
+                self._damped[name] = DampedMoment(moment, self.damping)
+        return self._damped[name]
 
     def _compute_duals(self) -> None:
         for name, keys in self._keys.items():
             # Each dual key has the product 0 with the keys of earlier edits, too.
             rows = torch.stack([*keys, *(earlier[name] for earlier in self._earlier.values())])
-            try:
-                found = dual_keys(rows, self._moments[name].mean.to(rows), self.damping)[: len(keys)]
-            except ValueError as error:
-                raise EditError(
-                    f"no activation reaches {name} on the texts or at the subjects ({error}); remove this weight from "
-                    "the scope."
-                ) from error
+            with _reaching(name):
+                found = dual_keys(rows, self._damped_moment(name))[: len(keys)]
             # Every process must take the same step, but the last bits of a solution may differ between processes.
             (self._duals[name],) = broadcast_from_first([found])
 
     def __repr__(self) -> str:
         return f"SubjectValues(step_size={self.step_size}, damping={self.damping})"
+
+
+@contextmanager
+def _reaching(name: str) -> Iterator[None]:
+    """Turn the error of a moment or of keys that are zero into an error that names the weight."""
+    try:
+        yield
+    except ValueError as error:
+        raise EditError(
+            f"no activation reaches {name} on the texts or at the subjects ({error}); remove this weight from the "
+            "scope."
+        ) from error

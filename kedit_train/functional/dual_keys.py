@@ -21,32 +21,56 @@ from kedit_train.functional.precision import widest
 _RIDGE = 1e-3
 
 
-def dual_keys(keys: Tensor, moment: Tensor, damping: float) -> Tensor:
+class DampedMoment:
+    """The matrix ``A + damping t I``, factorized once. t is the median of the diagonal of A.
+
+    The median is used because the mean depends mostly on a few large inputs at the first token (an attention sink).
+
+    Args:
+        moment: A, the second moment of the inputs on other texts, [d, d], symmetric and positive semi-definite.
+        damping: above 0.
+
+    Raises:
+        ValueError: half of the diagonal of the moment is zero, or a value is not finite.
+    """
+
+    def __init__(self, moment: Tensor, damping: float) -> None:
+        exact = widest(moment)
+        scale = float(exact.diagonal().median())
+        if not 0.0 < scale < float("inf"):
+            raise ValueError(f"the median of the diagonal of the second moment is {scale:g}")
+        identity = torch.eye(len(exact), dtype=exact.dtype, device=exact.device)
+        self._factors = torch.linalg.lu_factor(exact + damping * scale * identity)
+
+    def solve(self, rows: Tensor) -> Tensor:
+        """Return the rows, [n, d] in fp64, multiplied by the inverse of the matrix."""
+        return torch.linalg.lu_solve(*self._factors, rows.T).T
+
+
+def dual_keys(keys: Tensor, moment: DampedMoment) -> Tensor:
     """Return the dual key of every key.
 
-    Among all vectors a with the same products ``aᵀ k`` for the given keys, a dual key has the smallest
-    ``aᵀ (A / t + damping I) a``. A is the second moment of the inputs on other texts. t is the median of its
-    diagonal, because the mean depends mostly on a few large inputs at the first token (an attention sink).
+    Among all vectors a with the same products ``aᵀ k`` for the given keys, a dual key has the smallest ``aᵀ M a``. M is
+    the damped moment.
 
     Args:
         keys: n keys, [n, d].
-        moment: A, [d, d], symmetric and positive semi-definite.
-        damping: above 0.
+        moment: the damped second moment of the inputs on other texts.
 
     Returns:
         [n, d], in the dtype of the keys. It is computed in fp64.
 
     Raises:
-        ValueError: half of the moment's diagonal is zero, a value is not finite, or every key is zero.
+        ValueError: every key is zero, or a key is not finite.
 
     Example:
         >>> keys = torch.tensor([[1.0, 0.0], [1.0, 1.0]])
-        >>> (dual_keys(keys, torch.eye(2), 0.01) @ keys.T).round(decimals=2)
+        >>> (dual_keys(keys, DampedMoment(torch.eye(2), 0.01)) @ keys.T).round(decimals=2)
         tensor([[1., 0.],
                 [0., 1.]])
     """
     rows = widest(keys)
-    solved = _solve(rows, widest(moment), damping)
+    solved = moment.solve(rows)
     products = solved @ rows.T
     size = float(products.diagonal().mean())
     if not 0.0 < size < float("inf"):
@@ -55,29 +79,19 @@ def dual_keys(keys: Tensor, moment: Tensor, damping: float) -> Tensor:
     return torch.linalg.solve(products + ridge, solved).to(keys)
 
 
-def distinctness(keys: Tensor, moment: Tensor, damping: float) -> Tensor:
+def distinctness(keys: Tensor, moment: DampedMoment) -> Tensor:
     """Return how much each key differs from the inputs on other texts.
 
-    The result is ``kᵀ (A + damping t I)⁻¹ k / d``. Its mean over the inputs on the texts is at most 1. If the result is
-    large, a weight change along the dual key of k hardly changes the outputs on the texts. If it is far below 1, as at
-    an attention sink, many tokens of the texts have nearly the same input.
+    The result is ``kᵀ M⁻¹ k / d``, where M is the damped moment. Its mean over the inputs on the texts is at most 1. If
+    the result is large, a weight change along the dual key of k hardly changes the outputs on the texts. If it is far
+    below 1, as at an attention sink, many tokens of the texts have nearly the same input.
 
     Args:
         keys: n keys, [n, d].
-        moment: A, [d, d], as in :func:`dual_keys`. t is the median of its diagonal.
-        damping: above 0.
+        moment: the damped second moment of the inputs on other texts.
 
     Returns:
         [n], above 0 for keys that are not zero, in fp64.
     """
     rows = widest(keys)
-    exact = widest(moment)
-    return (_solve(rows, exact, damping) * rows).sum(dim=1) / (float(exact.diagonal().median()) * len(exact))
-
-
-def _solve(rows: Tensor, moment: Tensor, damping: float) -> Tensor:
-    scale = float(moment.diagonal().median())
-    if not 0.0 < scale < float("inf"):
-        raise ValueError(f"the median of the diagonal of the second moment is {scale:g}")
-    identity = torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
-    return torch.linalg.solve(moment / scale + damping * identity, rows.T).T
+    return (moment.solve(rows) * rows).mean(dim=1)

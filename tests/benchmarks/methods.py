@@ -209,13 +209,12 @@ class Method:
         if name in SCRIPTED:
             script = one_by_one()
             subject_tokens = name == ONE_BY_ONE_SUBJECT
-            self.made = (
-                script.subject_values(world.NAME)
-                if name == ONE_BY_ONE_VALUES
-                else script.null_space(world.NAME, subject_tokens=subject_tokens)
-                if subject_tokens or setting.name.startswith("smollm2")
-                else [*script.learning(), *script.constraints(world.NAME, script.BALL)]
-            )
+            if name == ONE_BY_ONE_VALUES:
+                self.made = script.subject_values(world.NAME)
+            elif subject_tokens or setting.name.startswith("smollm2"):
+                self.made = script.null_space(world.NAME, subject_tokens=subject_tokens)
+            else:
+                self.made = [*script.learning(), *script.constraints(world.NAME, script.BALL)]
             own: float = script.LEARNING_RATE
             self.lr = LEARNING_RATES.get(setting.name, {}).get(name, own)
             self.epochs = script.EPOCHS

@@ -20,7 +20,7 @@ from kedit_train.callbacks import (
 )
 from kedit_train.data import Edit
 from kedit_train.errors import EditError
-from kedit_train.functional.dual_keys import dual_keys
+from kedit_train.functional.dual_keys import DampedMoment, dual_keys
 
 SCOPE, NAME = "mlp.down_proj.weight", "model.layers.2.mlp.down_proj.weight"
 TEXTS = world.locality_texts(exclude=world.edits(4), n=24)
@@ -101,7 +101,7 @@ def test_steps_have_the_stated_direction_and_length(model, tokenizer, edits):
     base = world.load()[0]
     before = base.get_parameter(NAME).detach().double()
     keys, moment = keys_of(base, tokenizer, edits), moment_of(base, tokenizer)
-    duals = dual_keys(keys, moment, 0.5)
+    duals = dual_keys(keys, DampedMoment(moment, 0.5))
     losses, gradients, history, _ = run_steps(
         model, tokenizer, edits, SubjectValues(TEXTS, step_size=0.001, damping=0.5), steps=3
     )
@@ -212,7 +212,7 @@ def test_without_a_subject_the_key_is_the_most_distinct_input_of_the_prompt(mode
     for edit in unnamed:
         inputs = inputs_of(base, tokenizer, edit.prompt)[1:]
         keys.append(inputs[torch.einsum("ti,ij,tj->t", inputs, damped.inverse(), inputs).argmax()])
-    duals = dual_keys(torch.stack(keys), moment, 0.5)
+    duals = dual_keys(torch.stack(keys), DampedMoment(moment, 0.5))
     change = (model.get_parameter(NAME) - base.get_parameter(NAME)).detach().double()
     outside = change - change @ torch.linalg.pinv(duals) @ duals
     assert float(outside.norm() / change.norm()) < 1e-3
