@@ -1,4 +1,4 @@
-"""SubjectValues: train what each layer adds at the subject of each edit, and change nothing else."""
+"""SubjectValues: train what each layer adds at the subject of each edit, and hardly change other outputs."""
 
 from __future__ import annotations
 
@@ -39,39 +39,40 @@ _FLOOR = 0.3
 
 
 class SubjectValues(PolyakStep):
-    """Replace each optimizer step by a step that changes the layers' outputs only at the subjects of the edits.
+    """Replace each optimizer step by a step that changes the layers' outputs mainly at the subjects of the edits.
 
     In the prompt "The mother tongue of Danielle Darrieux is", the subject is "Danielle Darrieux". A pretrained language
     model looks up what it knows about her at the last token of the subject. The input of a layer at this token is the
     *key* of the edit, and the change of the layer's output for this key is the *value* of the edit. This callback
     trains only the values: one vector per edit and layer. The weight changes by ``sum_i v_i a_iᵀ``, where v_i is the
     value of edit i, and a_i is its dual key (:func:`~kedit_train.functional.dual_keys.dual_keys`). The dual keys are
-    computed once, before the first step. The product of a_i with the key of edit i is 1, its products with all other
-    keys are 0, and its products with the layer's inputs on ``texts`` are small. So an edit hardly changes what the
+    computed once, before the first step. The inner product of a_i with the key of edit i is 1. Its inner products with
+    all other keys are 0, and those with the layer's inputs on ``texts`` are small. So an edit hardly changes what the
     layer computes for other subjects, other edits and other texts.
 
-    ROME, MEMIT and AlphaEdit also find values and then write them with dual keys, one edit after the other and outside
-    of any training run. Here, the values are trained in your run, for all edits together, through the changed weights.
+    ROME, MEMIT and AlphaEdit also compute values. They optimize the value of one edit after the other, and then change
+    the weights in closed form, outside of any training run. Here, the values are trained in your run, for all edits
+    together, through the changed weights.
 
-    After each optimizer step, the change that the optimizer made is discarded. Instead, each value takes a step along
-    its gradient. The gradient is divided by the root of its average square over all steps (one number per edit and
-    layer), so edits that are already learned move little. The length of the step follows from the loss, as in
+    After each optimizer step, the change that the optimizer made is discarded. Instead, each value takes a step against
+    its gradient. The gradient is divided by its root mean square over all steps (one number per edit and layer), so the
+    values of edits that are already learned change little. The length of the step follows from the loss, as in
     :class:`PolyakStep`, so no learning rate is needed.
 
     Other callbacks act as usual: a penalty (``KLLocality``) is part of the gradient, and constraints (``NullSpace``,
     ``NormBall``, ``GradientMask``) are applied after the step.
 
     Use this callback only with a pretrained language model, and train layers in the first third of the network, such as
-    ``ParameterScope("0.14-0.29")``. MEMIT and AlphaEdit train the same layers. The small bundled model does not look up
-    facts at the subject. The example below only shows the calls.
+    ``ParameterScope("0.14-0.29")``. MEMIT and AlphaEdit change layers at the same depth. The small bundled model does
+    not look up facts at the subject. The example below only shows the calls.
 
     Args:
         texts: a source of texts on which predictions should stay the same, or a :class:`Texts`. The second moments of
             the layers' inputs are computed on them.
         edits: the edits that are trained (a path, a list of ``Edit`` or an ``EditDataset``). None uses the edits of
             ``EditMetrics``, ``EditDataModule``, ``EditSFTTrainer`` or ``editing(edits=)``. If an edit has
-            no subject, or if the layers receive hardly any information at the subject, its key is the input at that
-            token of its prompt that differs most from the texts.
+            no subject, its key is the input at the token of its prompt that differs most from the texts. If the input
+            at the subject hardly depends on the subject (an attention sink), a later token is chosen in the same way.
         step_size: how much each step should reduce the training loss, as a fraction of the loss, in (0, 1]. The
             reduction is predicted from the gradient. Default 0.15.
         damping: added to the diagonal of the second moment, after the second moment was divided by the median of its
@@ -160,10 +161,11 @@ class SubjectValues(PolyakStep):
         self._moments: Moments = {}
         # The factorized moments, which all runs of a sequence share.
         self._damped: dict[str, DampedMoment] = {}
-        # The sums of the squared outputs before the edit: at the subjects, and on the texts.
+        # The squared outputs before the edit: their sum over the subjects, and their mean per token of the texts.
         self._outputs = (0.0, 0.0)
         self._source_hash = ""
-        # In a sequence of runs: the texts of the moments, and the keys of earlier edits (prompt -> weight -> [d_in]).
+        # In a sequence of runs: the texts on which the moments were computed, and the keys of earlier edits (prompt ->
+        # weight -> [d_in]).
         self._chosen: Sequence[str] = ()
         self._earlier: dict[str, dict[str, Tensor]] = {}
         self._prompts: list[str] = []
@@ -179,9 +181,9 @@ class SubjectValues(PolyakStep):
         edits = list(given_edits(run, self.edits))
         if without := sum(not has_subject(edit) for edit in edits):
             warn(
-                f"{without} of {len(edits)} edits have no subject in their prompt, so their keys are read at another "
-                "token of the prompt, and rephrased prompts will seldom get the new answer; give Edit(subject=) the "
-                "name of the thing that the edit is about."
+                f"{without} of {len(edits)} edits have no subject in their prompt. They are trained at another token "
+                "of the prompt, so rephrased prompts will seldom get the new answer; set Edit(subject=) to the name of "
+                "the thing that the edit is about, as it is written in the prompt."
             )
         self._layers = find_linear_layers(run.model, run.scope)
         check_no_adapters(self._layers)
@@ -205,7 +207,7 @@ class SubjectValues(PolyakStep):
         return AdamAverages(momentum=0.0, by_column=True, floor=_FLOOR)
 
     def coordinates(self, name: str, gradient: Tensor) -> Tensor:
-        """Return the gradient of the values, [d_out, n]. It is complete on every process."""
+        """Return the gradient of the values, [d_out, n]. It is not sharded."""
         matrix = full_tensor(self._layers[name].as_matrix(gradient))
         with full_precision(matrix.device.type):
             return matrix @ self._duals[name].T
@@ -224,7 +226,7 @@ class SubjectValues(PolyakStep):
         return {f"edit/drift/{n}": max(0.0, moved / whole) ** 0.5 for n, moved, whole in parts if whole > 0.0}
 
     def _squares(self, weights: Mapping[str, Tensor]) -> tuple[float, float]:
-        """Return the sums of the squared outputs of the weights: at the subjects, and on the texts (mean per token)."""
+        """Return the squared outputs of the layers: the sum over the subjects, and the mean per token of the texts."""
         at_subjects = on_texts = 0.0
         for name, layer in self._layers.items():
             weight = layer.as_matrix(weights[name])
@@ -294,7 +296,7 @@ class SubjectValues(PolyakStep):
     def _damped_moment(self, name: str) -> DampedMoment:
         if name not in self._damped:
             moment = self._moments[name].mean.to(self.run.scope[name].device)
-            with _reaching(name):
+            with _naming_weight(name):
                 self._damped[name] = DampedMoment(moment, self.damping)
         return self._damped[name]
 
@@ -302,22 +304,22 @@ class SubjectValues(PolyakStep):
         for name, keys in self._keys.items():
             # Each dual key has the product 0 with the keys of earlier edits, too.
             rows = torch.stack([*keys, *(earlier[name] for earlier in self._earlier.values())])
-            with _reaching(name):
-                found = dual_keys(rows, self._damped_moment(name))[: len(keys)]
+            with _naming_weight(name):
+                duals = dual_keys(rows, self._damped_moment(name))[: len(keys)]
             # Every process must take the same step, but the last bits of a solution may differ between processes.
-            (self._duals[name],) = broadcast_from_first([found])
+            (self._duals[name],) = broadcast_from_first([duals])
 
     def __repr__(self) -> str:
         return f"SubjectValues(step_size={self.step_size}, damping={self.damping})"
 
 
 @contextmanager
-def _reaching(name: str) -> Iterator[None]:
-    """Turn the error of a moment or of keys that are zero into an error that names the weight."""
+def _naming_weight(name: str) -> Iterator[None]:
+    """Turn a ValueError of DampedMoment or dual_keys into an EditError that names the weight."""
     try:
         yield
     except ValueError as error:
         raise EditError(
-            f"no activation reaches {name} on the texts or at the subjects ({error}); remove this weight from the "
-            "scope."
+            f"the inputs of {name} on the texts or at the subjects are zero or not finite ({error}); remove this "
+            "weight from the scope."
         ) from error

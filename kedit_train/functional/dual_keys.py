@@ -1,4 +1,4 @@
-"""Compute dual keys: vectors that answer to one key each, and hardly to the inputs of other texts.
+"""Compute dual keys: each has the inner product 1 with its own key, 0 with other keys, and hardly any with texts.
 
 A linear layer computes ``y = W k``. Its input k is also called a key. A weight change ``v aᵀ`` adds ``v (aᵀ k)`` to the
 output. If a is the dual key of a key k, then ``aᵀ k`` is 1, so the change adds v to the output for this key. For the
@@ -31,7 +31,7 @@ class DampedMoment:
         damping: above 0.
 
     Raises:
-        ValueError: half of the diagonal of the moment is zero, or a value is not finite.
+        ValueError: at least half of the diagonal of the moment is zero, or a value is not finite.
     """
 
     def __init__(self, moment: Tensor, damping: float) -> None:
@@ -50,8 +50,9 @@ class DampedMoment:
 def dual_keys(keys: Tensor, moment: DampedMoment) -> Tensor:
     """Return the dual key of every key.
 
-    Among all vectors a with the same products ``aᵀ k`` for the given keys, a dual key has the smallest ``aᵀ M a``. M is
-    the damped moment.
+    The inner product of a dual key with its own key is 1, and with the other given keys 0. Among all such vectors a, it
+    has the smallest ``aᵀ M a``. M is the damped moment. n equal keys share one dual key, whose product with them is
+    1 / n.
 
     Args:
         keys: n keys, [n, d].
@@ -61,7 +62,7 @@ def dual_keys(keys: Tensor, moment: DampedMoment) -> Tensor:
         [n, d], in the dtype of the keys. It is computed in fp64.
 
     Raises:
-        ValueError: every key is zero, or a key is not finite.
+        ValueError: all keys are zero, or a key is not finite.
 
     Example:
         >>> keys = torch.tensor([[1.0, 0.0], [1.0, 1.0]])
@@ -74,7 +75,7 @@ def dual_keys(keys: Tensor, moment: DampedMoment) -> Tensor:
     products = solved @ rows.T
     size = float(products.diagonal().mean())
     if not 0.0 < size < float("inf"):
-        raise ValueError("all keys are zero or not finite")
+        raise ValueError("all keys are zero, or a key is not finite")
     ridge = _RIDGE * size * torch.eye(len(rows), dtype=rows.dtype, device=rows.device)
     return torch.linalg.solve(products + ridge, solved).to(keys)
 

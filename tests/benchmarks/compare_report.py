@@ -91,16 +91,16 @@ def cell(rows: list[dict[str, Any]], name: str, digits: int) -> str:
 
 
 def table(rows: Rows, model: str = "world") -> str:
-    """Format one table. Columns with one value in all rows are left out; draws are counted where recipes differ."""
+    """Format one table, and write the number of draws where recipes differ in it.
+
+    A column with one value in all rows is left out, unless its score decides which recipes are on the front.
+    """
     best, differ = front(rows, model), len({len(each) for each in rows.values()}) > 1
     columns = {
-        head: [cell(each, column, digits) for each in rows.values()]
-        for column, digits, head in (COMPLETIONS if model.startswith("smollm2") else COLUMNS)
-    }
-    columns = {
         head: cells
-        for head, cells in columns.items()
-        if set(cells) != {"-"} and (len(rows) == 1 or len({cell.split()[0] for cell in cells}) > 1)
+        for column, digits, head in (COMPLETIONS if model.startswith("smollm2") else COLUMNS)
+        if set(cells := [cell(each, column, digits) for each in rows.values()]) != {"-"}
+        and (len(rows) == 1 or column in judged(model) or len({text.split()[0] for text in cells}) > 1)
     }
     lines = [f"| recipe | {' | '.join(columns)} |", "|---|" + "---:|" * len(columns)]
     for (name, each), *cells in zip(rows.items(), *columns.values(), strict=True):
@@ -204,7 +204,7 @@ def write(results: list[dict[str, Any]]) -> None:
     groups = grouped(results)
     if not groups:
         raise SystemExit("compare: the results file contains no finished run; run the comparison first")
-    machines = " and ".join(sorted({row["machine"] for row in results if row.get("machine")}))
+    machines = ", ".join(sorted({row["machine"] for row in results if row.get("machine")}))
     written = f"Written on {date.today()} from compare.jsonl. Machines: {machines}; one thread per run."
     plot = "![Kept answers over generality, one marker per recipe](../recipes/figures/compare.png)"
     hollow = "Hollow markers show runs with a reliability below 0.95."

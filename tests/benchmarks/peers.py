@@ -171,7 +171,7 @@ def compared() -> list[dict[str, Any]]:
     """Return what compare.py has measured of our recipes, as rows of this comparison."""
     ours = {(name.removeprefix("recipe_"), e.mode): name for name, e in EDITORS.items() if e.project == KEDIT_TRAIN}
     rows = [row for row in done(COMPARED) if row["model"] == MODEL and "error" not in row]
-    keys = ("draw", "edits", "seconds", *(key for key, *_ in COLUMNS if key in rows[0])) if rows else ()
+    keys = ("draw", "edits", "seconds", "machine", *(key for key, *_ in COLUMNS if key in rows[0])) if rows else ()
     return [
         {"editor": ours[row["recipe"], row["mode"]], "ratio": row["perplexity"] / row["perplexity before"]}
         | {key: row[key] for key in keys}
@@ -197,17 +197,24 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def machines(rows: Sequence[dict[str, Any]]) -> str:
+    """Return the machine of most rows, and the other machines with their editors."""
+    editors: dict[str, list[str]] = {}
+    for row in rows:
+        if machine := row.get("machine", "").partition(",")[0]:
+            editors.setdefault(machine, []).append(EDITORS[row["editor"]].label)
+    usual, *others = sorted(editors, key=lambda machine: len(editors[machine]), reverse=True) or [""]
+    listed = [f"{', '.join(dict.fromkeys(editors[machine]))} on {machine}" for machine in others]
+    return "; ".join([f"one thread of {usual}", *listed])
+
+
 def parts(rows: Sequence[dict[str, Any]]) -> list[str]:
     """Return what is written into the page: where it was measured, a table per mode and number, and what failed."""
     sizes = {(row["draw"], row["edits"]) for row in rows}
     shown = reported([*(row for row in compared() if (row["draw"], row["edits"]) in sizes), *rows])
-    found = []
-    for key, word in (("date", "Measured on"), ("machine", "one thread of"), ("draw", "draw")):
-        values = sorted({str(row[key]) for row in shown if key in row})
-        found.append(f"{word} {' and '.join(values)}")
+    dates, draws = (" and ".join(sorted({str(row[key]) for row in shown if key in row})) for key in ("date", "draw"))
     commits = {f"{EDITORS[row['editor']].project} at commit {row['commit']}" for row in shown if "commit" in row}
-    found.append(" and ".join(sorted(commits)))
-    lines = [f"{'; '.join(found)}."]
+    lines = [f"Measured on {dates} on {machines(shown)}; draw {draws}; {' and '.join(sorted(commits))}."]
     given = {EDITORS[row["editor"]].label: row["set"] for row in shown if row.get("set")}
     if given:
         listed = (

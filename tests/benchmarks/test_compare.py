@@ -47,21 +47,21 @@ def test_a_cell_shows_the_mean_and_half_the_range_over_draws(module: Any) -> Non
     assert report.cell(draws, "drift", 2) == "-"
 
 
-def test_a_table_omits_constant_columns_and_counts_draws_that_differ(module: Any) -> None:
+def test_a_table_omits_constant_columns_except_those_of_the_front_and_counts_draws_that_differ(module: Any) -> None:
     report = module("compare_report")
-    other = dict.fromkeys(("portability", "resurgence", "drift", "perplexity", "times", "memory"))
+    other = dict.fromkeys(("portability", "resurgence", "perplexity", "times", "memory")) | {"drift": 1.5}
     rows = {
         "one": [row(1.0, 0.5, 0.9)[0] | other, row(1.0, 0.7, 0.9)[0] | other],
         "two": [row(1.0, 0.4, 0.8)[0] | other],
     }
     assert report.table(rows).splitlines() == [
-        "| recipe | generality | locality |",
-        "|---|---:|---:|",
-        "| **one**, 2 | 0.60 ± 0.10 | 0.90 ± 0.00 |",
-        "| two, 1 | 0.40 | 0.80 |",
+        "| recipe | reliability | generality | locality |",
+        "|---|---:|---:|---:|",
+        "| **one**, 2 | 1.00 ± 0.00 | 0.60 ± 0.10 | 0.90 ± 0.00 |",
+        "| two, 1 | 1.00 | 0.40 | 0.80 |",
     ]
     del rows["one"][1]
-    assert "| **one** | 0.50 | 0.90 |" in report.table(rows)
+    assert "| **one** | 1.00 | 0.50 | 0.90 |" in report.table(rows)
 
 
 def test_the_table_of_smollm2_has_other_columns_and_names_rates_and_texts(module: Any) -> None:
@@ -70,10 +70,10 @@ def test_the_table_of_smollm2_has_other_columns_and_names_rates_and_texts(module
     one |= {"times": 3.25, "PS before": 0.3, "NS before": 0.7, "locality": None}
     rows = {"ft_m": [one], "second_order": [one | {"others": 0.5, "texts": 1700}]}
     assert report.table(rows, "smollm2").splitlines() == [
-        "| recipe | others kept |",
-        "|---|---:|",
-        "| ft_m | 0.20 |",
-        "| **second_order** | 0.50 |",
+        "| recipe | reliability | PS | others kept |",
+        "|---|---:|---:|---:|",
+        "| ft_m | 1.00 | 0.50 | 0.20 |",
+        "| **second_order** | 1.00 | 0.50 | 0.50 |",
     ]
     assert report.table({"ft_m": [one]}, "smollm2").splitlines()[2] == (
         "| **ft_m** | 1.00 | 0.10 | 0.50 | 0.20 | 0.40 | 0.0123 | 1.50 | 3.2 |"

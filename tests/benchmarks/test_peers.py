@@ -207,15 +207,26 @@ def test_the_results_of_compare_are_used(monkeypatch: pytest.MonkeyPatch, tmp_pa
     module: Any = importlib.import_module("peers")
     scores = {"reliability": 0.5, "generality": 0.5, "PS": 0.5, "others": 0.5, "NS": 0.5, "KL": 0.5, "seconds": 2.0}
     about = {"model": "smollm2", "draw": 10, "edits": 50, "perplexity": 30.0, "perplexity before": 20.0}
+    about["machine"] = "another CPU"
     kinds = [("ft_m", "batch"), ("ft_m", "sequential"), ("overtone", "batch"), ("kedit_default", "batch")]
     rows = [{"recipe": recipe, "mode": mode, **about, **scores} for recipe, mode in kinds]
     rows += [{**rows[0], "model": "world"}, {"model": "smollm2", "recipe": "ft_m", "mode": "batch", "error": "no"}]
     (tmp_path / "compare.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     monkeypatch.setattr(module, "COMPARED", tmp_path / "compare.jsonl")
-    expected = {"draw": 10, "edits": 50, "ratio": 1.5, **scores}
+    expected = {"draw": 10, "edits": 50, "ratio": 1.5, "machine": "another CPU", **scores}
     assert module.compared() == [{"editor": name, **expected} for name in ("recipe_ft_m", "kedit_default")]
     # Only draws and numbers of edits on which another editor was measured are shown.
-    measured = {"editor": "rome", **expected, "draw": 10, "date": "2026-11-27", "machine": "a CPU", "commit": "abc"}
+    measured = {
+        "editor": "rome",
+        **expected,
+        "draw": 10,
+        "date": "2026-11-27",
+        "machine": "a CPU, torch",
+        "commit": "abc",
+    }
+    others = [{**measured, "editor": name} for name in ("memit", "grace", "wise")]
+    where, *_ = module.parts([measured, *others])
+    assert " on one thread of a CPU; `kedit_default`, `ft_m` on another CPU; draw 10;" in where
     assert [part.count("kedit-train") for part in module.parts([measured])] == [0, 0, 2, 0, 0]
     assert "kedit-train" not in str(module.parts([{**measured, "draw": 11}]))
 
@@ -231,7 +242,7 @@ def test_the_page_has_a_table_per_mode(peers: Any) -> None:
         {"editor": "memit", "draw": 10, "commit": "abc", **about, "error": "ValueError: no"},
     ]
     where, *found = peers.parts(rows)
-    assert where == "Measured on 2026-11-27; one thread of a CPU; draw 10 and 11; EasyEdit at commit abc."
+    assert where == "Measured on 2026-11-27 on one thread of a CPU; draw 10 and 11; EasyEdit at commit abc."
     assert found.pop(0) == "Changed with `--set`: ROME `v_lr=0.1`."
     assert [part.splitlines()[-1] for part in found] == [
         "### 50 edits together",

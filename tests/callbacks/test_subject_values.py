@@ -269,7 +269,7 @@ def test_an_edit_with_its_subject_at_an_attention_sink_is_trained_at_a_later_tok
             # Every input is distinct, except for that at the first subject.
             return torch.where((keys.double() - subject[0]).norm(dim=1) < 1e-3, 1e-3, 1.0 + keys[:, 0].double() ** 2)
 
-        with pytest.warns(UserWarning, match="in 1 of 4 prompts .*at the subject, because it stands at the start"):
+        with pytest.warns(UserWarning, match="in 1 of 4 prompts .*, the subject is at the start of the text"):
             found = subject_keys(run.run, layers, list(edits), tokenizer, distinctness=distinctness, batch_size=2)[
                 NAME
             ].double()

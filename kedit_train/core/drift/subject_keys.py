@@ -25,7 +25,7 @@ from kedit_train.errors import EditError, warn
 from kedit_train.functional.precision import wide
 
 # If the input at the subject is less distinct than this, a later token is used. The mean over the tokens of the texts
-# is 1. On SmolLM2, the distinctness is 0.01 at an attention sink, and 10 to 100 at most subjects.
+# is at most 1. On SmolLM2 (2026-11-28), it is 0.01 at an attention sink, and 10 to 100 for most subjects.
 _DISTINCT = 0.1
 
 
@@ -38,12 +38,12 @@ def subject_keys(
     distinctness: Callable[[str, Tensor], Tensor],
     batch_size: int,
 ) -> dict[str, Tensor]:
-    """Run the model before the edit on the prompts, and return one input of each layer per edit.
+    """Run the unedited model on the prompts, and return one input per edit and layer.
 
-    The input is that at the last token of the subject, with two exceptions. If no subject is found after the first
-    token, it is the input at the most distinct token of the prompt. If the input at the subject is not distinct, it is
-    the input at the most distinct token after it. This happens for short subjects at the start of a text: their hidden
-    states hardly depend on the token (an attention sink).
+    It is the input at the last token of the subject. There are two exceptions. If the edit has no subject, or if its
+    subject is only the first token, it is the input at the most distinct token of the prompt. If the input at the
+    subject is not distinct, it is the input at the most distinct token after it. This happens for short subjects at the
+    start of a text: their hidden states hardly depend on the token (an attention sink).
 
     The prompts have the format of the training examples. Every process of a distributed run computes all keys.
 
@@ -53,7 +53,8 @@ def subject_keys(
         edits: n edits.
         tokenizer: the tokenizer of the model.
         distinctness: a function of the name of a layer and of inputs [t, d_in]. It returns how distinct each input is,
-            [t] (see :func:`~kedit_train.functional.dual_keys.distinctness`). The geometric mean over all layers counts.
+            [t] (see :func:`~kedit_train.functional.dual_keys.distinctness`). The token is chosen by the geometric mean
+            over all layers.
         batch_size: number of prompts per forward pass.
 
     Returns:
@@ -111,9 +112,10 @@ def subject_keys(
     moved = [edits[index].prompt for index, at in enumerate(picked) if named[index] and at]
     if moved:
         warn(
-            f"in {len(moved)} of {len(edits)} prompts (the first: {shorten(moved[0])!r}), the layers receive hardly "
-            "any information at the subject, because it stands at the start of the text. These edits are trained at a "
-            "later token, and more of the other answers can change; reword the prompts so that the subject comes later."
+            f"in {len(moved)} of {len(edits)} prompts (the first: {shorten(moved[0])!r}), the subject is at the start "
+            "of the text, where the hidden states hardly depend on the token (an attention sink). These edits are "
+            "trained at a later token, and more of the other answers can change; reword the prompts so that the "
+            "subject comes later."
         )
     return {
         name: torch.stack([own[at] for own, at in zip(keys, picked, strict=True)]) for name, keys in candidates.items()
@@ -125,7 +127,7 @@ def _per_token(name: str, values: Tensor | None, shape: Sequence[int]) -> Tensor
     if values is None or values.shape[:-1].numel() != shape[0] * shape[1]:
         raise EditError(
             f"{name} must receive one vector per token of the prompts, got "
-            f"{'no input' if values is None else list(values.shape)} for token ids {list(shape)}; choose other weights "
-            "for the scope."
+            f"{'no input' if values is None else f'an input of shape {list(values.shape)}'} for token ids of shape "
+            f"{list(shape)}; choose other weights for the scope."
         )
     return wide(values.reshape(*shape, -1))

@@ -14,7 +14,7 @@ from kedit_train.core.run import EditRun
 def moments_of_run(
     moments: Moments, chosen: Sequence[str], texts: Texts, run: EditRun, measure: Callable[[Texts], Moments]
 ) -> tuple[Moments, Sequence[str]]:
-    """Subtract the moments of the texts that this run must not use (see :func:`remaining_texts`).
+    """Subtract the moments of texts that contain prompts of this run's edits (see :func:`remaining_texts`).
 
     Args:
         moments: weight -> second moment of the layer inputs on the chosen texts.
