@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kedit_train.arguments import check_arguments, integer_from, optional, within
 from kedit_train.callbacks.token_loss import TokenLoss
-from kedit_train.core.locality.consecutive_runs import given_edits
+from kedit_train.core.locality.consecutive_runs import given_edits, readable_again
 from kedit_train.core.run import EditRun
 from kedit_train.core.tokens.context_targets import ContextTargets
 from kedit_train.core.tokens.interfaces import Reduction
@@ -107,8 +107,7 @@ class ContextTeacher(TokenLoss):
             min_followed=(min_followed, within("[0, 1]")),
             prompt_format=(prompt_format, optional(PROMPT_FORMAT)),
         )
-        # An iterator can be read only once, but later runs read the edits again.
-        self.edits: Any = list(edits) if isinstance(edits, Iterator) else edits
+        self.edits: Any = readable_again(edits)
         self.context = context
         self.top_k = top_k
         self.min_followed = min_followed

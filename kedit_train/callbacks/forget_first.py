@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, get_args
 
@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from kedit_train.arguments import Rule, at_least, check_arguments, one_of, within
 from kedit_train.callbacks.base import EditCallback
+from kedit_train.core.locality.consecutive_runs import readable_again
 from kedit_train.core.locality.texts import Texts, TextSource
 from kedit_train.core.output_head import evaluation_mode
 from kedit_train.core.processes import is_distributed
@@ -139,7 +140,7 @@ class ForgetFirst(EditCallback):
             ForgetTraining(**training) if isinstance(training, Mapping) else training or ForgetTraining()
         )
         self.texts: Texts = Texts.of(texts)
-        self.edits: Any = list(edits) if isinstance(edits, Iterator) else edits
+        self.edits: Any = readable_again(edits)
         self.prompt_format: PromptFormat = prompt_format
         self.measured: list[Measurement] = []
         self.chosen: Any = 0

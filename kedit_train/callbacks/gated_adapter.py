@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from kedit_train.core.gate.adapter_folder import check_folder, save_adapter
 from kedit_train.core.gate.checks import check_no_randomness, check_scope, check_unused
 from kedit_train.core.gate.gate import Gate, find_gate
 from kedit_train.core.gate.keys import begin_with, encode_prompts_of, nearest_distances, prompt_keys
-from kedit_train.core.locality.consecutive_runs import given_edits
+from kedit_train.core.locality.consecutive_runs import given_edits, readable_again
 from kedit_train.core.locality.neighbor_texts import neighbor_texts
 from kedit_train.core.locality.texts import Texts, TextSource
 from kedit_train.core.run import EditRun
@@ -139,8 +138,7 @@ class GatedAdapter(EditCallback):
             limit=(limit, optional(integer_from(1))),
             batch_size=(batch_size, integer_from(1)),
         )
-        # An iterator can be read only once, but later runs read the edits again.
-        self.edits: Any = list(edits) if isinstance(edits, Iterator) else edits
+        self.edits: Any = readable_again(edits)
         self.texts: Texts = Texts.of(texts)
         self.margin = margin
         self.layer = layer

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -14,6 +14,7 @@ from kedit_train.arguments import check_arguments, one_of, optional, within
 from kedit_train.callbacks.base import EditCallback
 from kedit_train.core.fingerprint import sample_fingerprint
 from kedit_train.core.fsdp import full_tensor, shard_like
+from kedit_train.core.locality.consecutive_runs import readable_again
 from kedit_train.core.locality.texts import Texts, TextSource
 from kedit_train.core.processes import is_distributed
 from kedit_train.core.run import EditRun
@@ -114,8 +115,7 @@ class GradientMask(EditCallback):
         self.score: MaskScore = MaskScore.of(score)
         self.density = density
         self.granularity: Granularity = granularity
-        # An iterator can be read only once, but prepare, attach and later runs all read the edits.
-        self.edits: Any = list(edits) if isinstance(edits, Iterator) else edits
+        self.edits: Any = readable_again(edits)
         self.texts: Texts | None = None if texts is None else Texts.of(texts)
         self.mask_path = mask_path
         self.save_path = save_path

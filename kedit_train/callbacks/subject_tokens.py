@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from kedit_train.callbacks.base import EditCallback
 from kedit_train.core.cache.layer_stack import block_input, call_arguments
 from kedit_train.core.cache.sequence_keys import real_tokens
 from kedit_train.core.drift.linear_layers import LinearLayer, find_linear_layers
-from kedit_train.core.locality.consecutive_runs import given_edits
+from kedit_train.core.locality.consecutive_runs import given_edits, readable_again
 from kedit_train.core.run import EditRun
 from kedit_train.core.scope.blocks import place_in_blocks
 from kedit_train.core.scope.subject_positions import SubjectPositions
@@ -91,8 +90,7 @@ class SubjectTokens(EditCallback):
     duplicate_hint = "keep one SubjectTokens"
 
     def __init__(self, *, edits: Any = None) -> None:
-        # An iterator can be read only once, but later runs read the edits again.
-        self.edits: Any = list(edits) if isinstance(edits, Iterator) else edits
+        self.edits: Any = readable_again(edits)
         self._handles: list[Any] = []
         self._positions: SubjectPositions | None = None
         self._run: EditRun | None = None

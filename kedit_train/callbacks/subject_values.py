@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +13,20 @@ from torch import Tensor, nn
 from kedit_train.arguments import above, check_arguments, integer_from, optional
 from kedit_train.callbacks.polyak_step import PolyakStep
 from kedit_train.core.cache.sequence_keys import hash_sequences
-from kedit_train.core.drift.factors_of_texts import check_no_adapters, factors_of_texts
+from kedit_train.core.drift.damped_moments import DampedMoments, naming_weight
+from kedit_train.core.drift.factors_of_texts import check_no_adapters
 from kedit_train.core.drift.linear_layers import LinearLayer, find_linear_layers
-from kedit_train.core.drift.previous_inputs import Moments
 from kedit_train.core.drift.second_moments import broadcast_from_first
 from kedit_train.core.drift.subject_keys import subject_keys
-from kedit_train.core.drift.text_moments import moments_of_run
 from kedit_train.core.fsdp import full_tensor, shard_like
-from kedit_train.core.locality.consecutive_runs import continues_run, given_edits
+from kedit_train.core.locality.consecutive_runs import continues_run, given_edits, readable_again
 from kedit_train.core.locality.texts import Texts, TextSource
 from kedit_train.core.run import EditRun
 from kedit_train.data import EditDataset
 from kedit_train.data.neighbor_prompts import has_subject
 from kedit_train.errors import EditError, warn
 from kedit_train.functional.adam import AdamAverages
-from kedit_train.functional.dual_keys import DampedMoment, distinctness, dual_keys
+from kedit_train.functional.dual_keys import distinctness, dual_keys
 from kedit_train.functional.precision import full_precision, wide
 from kedit_train.paths import SAFETENSORS_PATH
 
@@ -55,8 +52,10 @@ class SubjectValues(PolyakStep):
     together, through the changed weights.
 
     After each optimizer step, the change that the optimizer made is discarded. Instead, each value takes a step against
-    its gradient. The gradient is divided by its root mean square over all steps (one number per edit and layer), so the
-    values of edits that are already learned change little. The length of the step follows from the loss, as in
+    its gradient. The unit of a value is chosen so that a value of norm 1 changes the outputs on ``texts`` equally for
+    every edit and layer. So an edit is mostly learned in those layers in which its key differs most from the texts. The
+    gradient is divided by its root mean square over all steps (one number per edit and layer), so the values of edits
+    that are already learned change little. The length of the step follows from the loss, as in
     :class:`PolyakStep`, so no learning rate is needed.
 
     Other callbacks act as usual: a penalty (``KLLocality``) is part of the gradient, and constraints (``NullSpace``,
@@ -147,26 +146,21 @@ class SubjectValues(PolyakStep):
             batch_size=(batch_size, integer_from(1)),
         )
         self.texts: Texts = Texts.of(texts)
-        # An iterator can be read only once, but later runs read the edits again.
-        self.edits: Any = list(edits) if isinstance(edits, Iterator) else edits
+        self.edits: Any = readable_again(edits)
         self.damping = damping
         self.sequential = sequential
         self.factors_path = factors_path
         self.limit = limit
         self.batch_size = batch_size
         self._layers: dict[str, LinearLayer] = {}
-        # For each weight: keys [n, d_in], dual keys [n, d_in], second moment of the inputs on the texts.
+        # For each weight: keys and scaled dual keys, [n, d_in].
         self._keys: dict[str, Tensor] = {}
         self._duals: dict[str, Tensor] = {}
-        self._moments: Moments = {}
-        # The factorized moments, which all runs of a sequence share.
-        self._damped: dict[str, DampedMoment] = {}
+        self._moments = self._new_moments()
         # The squared outputs before the edit: their sum over the subjects, and their mean per token of the texts.
         self._outputs = (0.0, 0.0)
         self._source_hash = ""
-        # In a sequence of runs: the texts on which the moments were computed, and the keys of earlier edits (prompt ->
-        # weight -> [d_in]).
-        self._chosen: Sequence[str] = ()
+        # In a sequence of runs: the keys of earlier edits (prompt -> weight -> [d_in]).
         self._earlier: dict[str, dict[str, Tensor]] = {}
         self._prompts: list[str] = []
         self._model: weakref.ref[nn.Module] | None = None
@@ -188,16 +182,28 @@ class SubjectValues(PolyakStep):
         self._layers = find_linear_layers(run.model, run.scope)
         check_no_adapters(self._layers)
         self._prompts = [edit.prompt for edit in edits]
-        self._read_texts(run, continues=self.sequential and continues_run(self._model, run))
+        if self.sequential and continues_run(self._model, run):
+            self._moments.continue_with(run, self._layers)
+            # A prompt that is edited again must not keep its earlier answer.
+            self._earlier = {prompt: keys for prompt, keys in self._earlier.items() if prompt not in self._prompts}
+        else:
+            # Attributes such as texts may have changed since the callback was created.
+            self._moments, self._earlier = self._new_moments(), {}
+            self._moments.read(run, self._layers)
         self._model = weakref.ref(run.model)
         tokenizer = run.tokenizer(self.texts.tokenizer)
-        self._source_hash = hash_sequences([list(text.encode()) for text in (*self._chosen, *self._prompts)])
+        self._source_hash = hash_sequences([list(text.encode()) for text in (*self._moments.chosen, *self._prompts)])
         self._keys = subject_keys(
-            run, self._layers, edits, tokenizer, distinctness=self._distinctness, batch_size=self.batch_size
+            run,
+            self._layers,
+            edits,
+            tokenizer,
+            distinctness=lambda name, keys: distinctness(keys, self._moments.damped(run, name)),
+            batch_size=self.batch_size,
         )
         self._compute_duals()
         if not self.sequential:
-            self._damped = {}
+            self._moments.free_factors()
         self._outputs = self._squares({name: full_tensor(wide(run.reference[name])) for name in self._layers})
         super().attach(run)
 
@@ -225,13 +231,18 @@ class SubjectValues(PolyakStep):
         # Rounding can make a square on the texts slightly negative.
         return {f"edit/drift/{n}": max(0.0, moved / whole) ** 0.5 for n, moved, whole in parts if whole > 0.0}
 
+    def _new_moments(self) -> DampedMoments:
+        return DampedMoments(
+            self.texts, damping=self.damping, path=self.factors_path, limit=self.limit, batch_size=self.batch_size
+        )
+
     def _squares(self, weights: Mapping[str, Tensor]) -> tuple[float, float]:
         """Return the squared outputs of the layers: the sum over the subjects, and the mean per token of the texts."""
         at_subjects = on_texts = 0.0
         for name, layer in self._layers.items():
             weight = layer.as_matrix(weights[name])
             at_subjects += float((weight @ self._keys[name].T).square().sum())
-            on_texts += float((weight @ self._moments[name].mean.to(weight) * weight).sum())
+            on_texts += float((weight @ self._moments.mean(name).to(weight) * weight).sum())
         return at_subjects, on_texts
 
     def state(self) -> dict[str, Any]:
@@ -261,65 +272,18 @@ class SubjectValues(PolyakStep):
         super().detach(run)
         self._layers, self._keys, self._duals = {}, {}, {}
         if not self.sequential:
-            self._moments, self._earlier, self._chosen = {}, {}, ()
-
-    def _read_texts(self, run: EditRun, *, continues: bool) -> None:
-        """Compute the second moments on the texts. In later runs of a sequence, only remove texts from them."""
-        if continues:
-            if self._moments.keys() != self._layers.keys():
-                raise EditError(
-                    "sequential=True needs the same scope in every run; create a new callback for each scope."
-                )
-            before = self._moments
-            self._moments, self._chosen = moments_of_run(
-                before, self._chosen, self.texts, run, lambda texts: self._measure(run, texts)
-            )
-            if self._moments is not before:
-                self._damped = {}
-            edited = set(self._prompts)
-            self._earlier = {prompt: keys for prompt, keys in self._earlier.items() if prompt not in edited}
-            return
-        tokenizer = run.tokenizer(self.texts.tokenizer)
-        self._chosen = self.texts.load(run.edits, limit=self.limit, tokenizer=tokenizer)
-        self._moments = self._measure(run, replace(self.texts, source=self._chosen, nearest=None), self.factors_path)
-        self._damped, self._earlier = {}, {}
-
-    def _measure(self, run: EditRun, texts: Texts, path: str | Path | None = None) -> Moments:
-        sequences = texts.tokenize(run, edits=())
-        return factors_of_texts(
-            run, self._layers, sequences, seed=texts.seed, batch_size=self.batch_size, path=path, inputs_only=True
-        ).inputs
-
-    def _distinctness(self, name: str, keys: Tensor) -> Tensor:
-        return distinctness(keys, self._damped_moment(name))
-
-    def _damped_moment(self, name: str) -> DampedMoment:
-        if name not in self._damped:
-            moment = self._moments[name].mean.to(self.run.scope[name].device)
-            with _naming_weight(name):
-                self._damped[name] = DampedMoment(moment, self.damping)
-        return self._damped[name]
+            self._moments, self._earlier = self._new_moments(), {}
 
     def _compute_duals(self) -> None:
         for name, keys in self._keys.items():
             # Each dual key has the product 0 with the keys of earlier edits, too.
             rows = torch.stack([*keys, *(earlier[name] for earlier in self._earlier.values())])
-            with _naming_weight(name):
-                duals = dual_keys(rows, self._damped_moment(name))[: len(keys)]
+            with naming_weight(name):
+                duals, changes = dual_keys(rows, self._moments.damped(self.run, name))
+            # A step of the same length then changes the outputs on the texts equally, whatever the edit and the layer.
+            own = (duals / changes[:, None])[: len(keys)]
             # Every process must take the same step, but the last bits of a solution may differ between processes.
-            (self._duals[name],) = broadcast_from_first([duals])
+            (self._duals[name],) = broadcast_from_first([own])
 
     def __repr__(self) -> str:
         return f"SubjectValues(step_size={self.step_size}, damping={self.damping})"
-
-
-@contextmanager
-def _naming_weight(name: str) -> Iterator[None]:
-    """Turn a ValueError of DampedMoment or dual_keys into an EditError that names the weight."""
-    try:
-        yield
-    except ValueError as error:
-        raise EditError(
-            f"the inputs of {name} on the texts or at the subjects are zero or not finite ({error}); remove this "
-            "weight from the scope."
-        ) from error

@@ -47,8 +47,8 @@ class DampedMoment:
         return torch.linalg.lu_solve(*self._factors, rows.T).T
 
 
-def dual_keys(keys: Tensor, moment: DampedMoment) -> Tensor:
-    """Return the dual key of every key.
+def dual_keys(keys: Tensor, moment: DampedMoment) -> tuple[Tensor, Tensor]:
+    """Return the dual key of every key, and how much it changes the outputs on other texts.
 
     The inner product of a dual key with its own key is 1, and with the other given keys 0. Among all such vectors a, it
     has the smallest ``aᵀ M a``. M is the damped moment. n equal keys share one dual key, whose product with them is
@@ -59,16 +59,21 @@ def dual_keys(keys: Tensor, moment: DampedMoment) -> Tensor:
         moment: the damped second moment of the inputs on other texts.
 
     Returns:
-        [n, d], in the dtype of the keys. It is computed in fp64.
+        Two tensors in the dtype of the keys, which are computed in fp64. The dual keys, [n, d], and the root of
+        ``aᵀ M a`` for each of them, [n]. If v has the norm 1, a weight change ``v aᵀ`` changes the outputs on the texts
+        by this root mean square (with the damping). For a key that is zero, it is a tiny number.
 
     Raises:
         ValueError: all keys are zero, or a key is not finite.
 
     Example:
         >>> keys = torch.tensor([[1.0, 0.0], [1.0, 1.0]])
-        >>> (dual_keys(keys, DampedMoment(torch.eye(2), 0.01)) @ keys.T).round(decimals=2)
+        >>> duals, changes = dual_keys(keys, DampedMoment(torch.eye(2), 0.01))
+        >>> (duals @ keys.T).round(decimals=2)
         tensor([[1., 0.],
                 [0., 1.]])
+        >>> changes.round(decimals=1)
+        tensor([1.4000, 1.0000])
     """
     rows = widest(keys)
     solved = moment.solve(rows)
@@ -76,8 +81,11 @@ def dual_keys(keys: Tensor, moment: DampedMoment) -> Tensor:
     size = float(products.diagonal().mean())
     if not 0.0 < size < float("inf"):
         raise ValueError("all keys are zero, or a key is not finite")
-    ridge = _RIDGE * size * torch.eye(len(rows), dtype=rows.dtype, device=rows.device)
-    return torch.linalg.solve(products + ridge, solved).to(keys)
+    damped = products + _RIDGE * size * torch.eye(len(rows), dtype=rows.dtype, device=rows.device)
+    duals = torch.linalg.solve(damped, solved)
+    # aᵀ M a, where the rows a are the inverse of the damped products times the solved keys.
+    squares = torch.linalg.solve(damped, torch.linalg.solve(damped, products).T).diagonal()
+    return duals.to(keys), squares.clamp(min=torch.finfo(torch.float32).tiny).sqrt().to(keys)
 
 
 def distinctness(keys: Tensor, moment: DampedMoment) -> Tensor:

@@ -14,13 +14,13 @@ KEYS = torch.randn(3, 6, generator=GENERATOR, dtype=torch.float64)
 
 
 def test_a_dual_key_has_the_product_one_with_its_own_key_and_zero_with_the_others() -> None:
-    products = dual_keys(KEYS, DampedMoment(MOMENT, 0.1)) @ KEYS.T
+    products = dual_keys(KEYS, DampedMoment(MOMENT, 0.1))[0] @ KEYS.T
     torch.testing.assert_close(products, torch.eye(3, dtype=torch.float64), rtol=0, atol=0.02)
 
 
 def test_no_vector_with_the_same_products_is_smaller_on_the_texts() -> None:
     damped = MOMENT / MOMENT.diagonal().median() + 0.1 * torch.eye(6, dtype=torch.float64)
-    found = dual_keys(KEYS, DampedMoment(MOMENT, 0.1))
+    found, _ = dual_keys(KEYS, DampedMoment(MOMENT, 0.1))
     # Changes that keep the products with all keys: what remains after the keys are projected out.
     free = torch.eye(6, dtype=torch.float64) - KEYS.T @ torch.linalg.solve(KEYS @ KEYS.T, KEYS)
     for _ in range(20):
@@ -30,16 +30,24 @@ def test_no_vector_with_the_same_products_is_smaller_on_the_texts() -> None:
             assert a @ damped @ a < b @ damped @ b
 
 
+def test_the_changes_are_the_norms_of_the_dual_keys_on_the_texts() -> None:
+    found, changes = dual_keys(torch.cat([KEYS, torch.zeros(1, 6)]), DampedMoment(MOMENT, 0.1))
+    damped = MOMENT + 0.1 * MOMENT.diagonal().median() * torch.eye(6, dtype=torch.float64)
+    torch.testing.assert_close(changes[:3], torch.einsum("ni,ij,nj->n", found, damped, found)[:3].sqrt())
+    assert bool(found[3].eq(0).all())
+    assert 0.0 < float(changes[3]) < 1e-12
+
+
 def test_equal_keys_share_a_dual_key() -> None:
     twice = torch.stack([KEYS[0], KEYS[0], KEYS[1]])
-    found = dual_keys(twice, DampedMoment(MOMENT, 0.1))
+    found, _ = dual_keys(twice, DampedMoment(MOMENT, 0.1))
     torch.testing.assert_close(found[0], found[1])
     assert float(found[0] @ KEYS[0]) == pytest.approx(0.5, abs=0.01)
     assert float(found[0] @ KEYS[1]) == pytest.approx(0.0, abs=0.01)
 
 
 def test_with_a_large_damping_they_are_the_pseudoinverse() -> None:
-    found = dual_keys(KEYS, DampedMoment(MOMENT, 1e6))
+    found, _ = dual_keys(KEYS, DampedMoment(MOMENT, 1e6))
     torch.testing.assert_close(found, torch.linalg.pinv(KEYS).T, rtol=0.02, atol=0.02)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -50,6 +50,11 @@ def require_edits(run: EditRun, reason: str) -> None:
             f"{reason}, but the edits of this run are unknown; pass them with the callback EditMetrics(edits) or with "
             "editing(edits=...)."
         )
+
+
+def readable_again(edits: Any) -> Any:
+    """Return the argument ``edits`` of a callback so that every run can read it: an iterator becomes a list."""
+    return list(edits) if isinstance(edits, Iterator) else edits
 
 
 def given_edits(run: EditRun, edits: Any) -> Sequence[Edit]:
