@@ -126,3 +126,6 @@ def one_of(choices: Iterable[Any]) -> Rule:
 def optional(rule: Rule) -> Rule:
     """Return a rule that accepts None and everything that ``rule`` accepts."""
     return Rule(f"{rule.expected}, or None", lambda value: value is None or rule.holds(value))
+
+
+BOOLEAN = one_of((True, False))

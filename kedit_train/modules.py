@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor
-from torch.utils.data import DataLoader, RandomSampler
+from torch.utils.data import DataLoader
 
 from kedit_train import world
 from kedit_train.arguments import at_least, check_arguments, integer_from, optional
@@ -22,6 +22,7 @@ from kedit_train.data import Edit, EditCollator, EditDataset, split_documents
 from kedit_train.data.answer_end import APPEND_EOS, AppendEos, EndDecision
 from kedit_train.data.chat_format import PROMPT_FORMAT, PromptFormat, read_format
 from kedit_train.data.dataset import LIMIT
+from kedit_train.data.epoch_sampler import EpochSampler
 from kedit_train.data.length_buckets import LengthBuckets
 from kedit_train.data.readers.documents import DOCUMENTS
 from kedit_train.data.tokenization import Encoded, context_length
@@ -311,7 +312,7 @@ class EditDataModule(LightningDataModule):
         # There are no worker processes, because the examples are already in memory and workers would only cost time.
         return DataLoader(
             examples,
-            batch_sampler=LengthBuckets(RandomSampler(examples), self.batch_size, False, lengths),
+            batch_sampler=LengthBuckets(EpochSampler(examples), self.batch_size, False, lengths),
             collate_fn=EditCollator(self.tokenizer),
         )
 

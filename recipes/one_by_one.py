@@ -85,7 +85,9 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
         "--texts", help="a file of texts on which the model should not change (world has its own texts)"
     )
     parser.add_argument(
-        "--keep", choices=[KL, NULL_SPACE, SUBJECT_VALUES], help="how to keep other answers; see above for the default"
+        "--keep",
+        choices=[KL, NULL_SPACE, SUBJECT_VALUES],
+        help="how to keep other answers; default: kl for the bundled model, null_space for other models",
     )
     parser.add_argument(
         "--subject_tokens",
@@ -93,13 +95,15 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
         help="for null_space: train only at the tokens of the subject; the edits need a subject",
     )
     parser.add_argument("--texts_per_step", type=int, help="for kl: texts of the penalty per step; default: 8")
-    parser.add_argument("--output_dir", default="runs/one_by_one")
+    parser.add_argument(
+        "--output_dir", default="runs/one_by_one", help="folder for the results; default: runs/one_by_one"
+    )
     parser.add_argument("--learning_rate", type=float, help="for kl; default: 6e-4")
     parser.add_argument(
         "--ball", type=float, help="for kl: radius of the ball, as a fraction of the norm of the weights; default: 0.5"
     )
     parser.add_argument("--limit", type=int, help="number of edits (default: all)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="seed of all random choices; default: 0")
     parser.add_argument("--plain", action="store_true", help="train without constraints")
     return parser.parse_args(given)
 
@@ -186,6 +190,11 @@ def check(given: argparse.Namespace) -> None:
             raise EditError(
                 f"--{name} is an option of --keep kl, but --keep is {kept_by(given)}; leave it out, or set --keep kl."
             )
+    if kept_by(given) == SUBJECT_VALUES and given.model == world.NAME:
+        raise EditError(
+            "--keep subject_values needs a pretrained model, because the bundled model does not look up facts at the "
+            "subject; set --model, or another --keep."
+        )
     if given.subject_tokens and kept_by(given) != NULL_SPACE:
         raise EditError(
             "--subject_tokens needs --keep null_space and a pretrained model; leave it out, or set --keep null_space."

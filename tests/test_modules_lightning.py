@@ -8,6 +8,7 @@ from pathlib import Path
 import lightning.pytorch as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from transformers import BertConfig, BertLMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from kedit_train.callbacks import EditMetrics, KLLocality, ParameterScope, SecondOrderLocality, TokenLoss
@@ -70,6 +71,26 @@ def test_the_loss_is_that_of_the_model() -> None:
     logits = module.model(input_ids=batch["input_ids"]).logits[0]
     expected = -(logits[1].log_softmax(-1)[8] + logits[2].log_softmax(-1)[7]) / 2
     torch.testing.assert_close(module.training_step(batch, 0), expected)
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+def test_a_run_with_shuffled_edits_is_resumed_bit_for_bit(tmp_path: Path) -> None:
+    torch.set_num_threads(1)
+
+    def weight(*, seen: int = 0, resume: str | None = None) -> torch.Tensor:
+        L.seed_everything(0, verbose=False)
+        # A resumed process has drawn other random numbers before its first epoch.
+        torch.rand(seen)
+        module, data = EditModule(learning_rate=1e-3), EditDataModule(limit=10, batch_size=4)
+        folder = tmp_path / ("resumed" if resume else "whole")
+        saver = ModelCheckpoint(dirpath=folder, every_n_train_steps=3, save_top_k=-1, filename="{step}")
+        callbacks = [ParameterScope(layers=2, modules="mlp.down_proj"), saver]
+        run = trainer(max_epochs=4, enable_checkpointing=True, callbacks=callbacks)
+        run.fit(module, data, ckpt_path=resume)
+        return module.model.get_parameter("model.layers.2.mlp.down_proj.weight").detach().clone()
+
+    whole = weight()
+    assert torch.equal(whole, weight(seen=5, resume=str(tmp_path / "whole" / "step=6.ckpt")))
 
 
 def test_edit_metrics_uses_the_edits_of_the_data_module(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from kedit_train import world
-from kedit_train.arguments import at_least, check_arguments, integer_from, one_of
+from kedit_train.arguments import BOOLEAN, at_least, check_arguments, integer_from, one_of
 from kedit_train.callbacks.base import EditCallback
 from kedit_train.core.locality.consecutive_runs import continues_run, require_edits
 from kedit_train.core.locality.divergence_penalty import CAPABILITY, DivergencePenalty
@@ -111,6 +111,7 @@ class KLLocality(EditCallback):
             weight=(weight, at_least(0)),
             direction=(direction, one_of(("forward", "reverse", "jsd"))),
             batch_size=(batch_size, integer_from(1)),
+            sequential=(sequential, BOOLEAN),
         )
         self.texts: Texts = Texts.of(texts)
         self.weight = weight

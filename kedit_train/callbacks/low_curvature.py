@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kedit_train.arguments import check_arguments, integer_from, optional, within
+from kedit_train.arguments import BOOLEAN, check_arguments, integer_from, optional, within
 from kedit_train.callbacks.base import EditCallback
 from kedit_train.core.drift.change_projection import ChangeProjection
 from kedit_train.core.drift.factors_of_texts import check_no_adapters, factors_of_texts
@@ -120,6 +120,7 @@ class LowCurvature(EditCallback):
             factors_path=(factors_path, optional(SAFETENSORS_PATH)),
             limit=(limit, optional(integer_from(1))),
             batch_size=(batch_size, integer_from(1)),
+            sequential=(sequential, BOOLEAN),
         )
         self.texts: Texts = Texts.of(texts)
         self.energy = energy

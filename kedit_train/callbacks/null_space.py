@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kedit_train.arguments import check_arguments, integer_from, optional, within
+from kedit_train.arguments import BOOLEAN, check_arguments, integer_from, optional, within
 from kedit_train.callbacks.base import EditCallback
 from kedit_train.core.drift.change_projection import ChangeProjection
 from kedit_train.core.drift.factors_of_texts import factors_of_texts
@@ -144,6 +144,7 @@ class NullSpace(EditCallback):
             factors_path=(factors_path, optional(SAFETENSORS_PATH)),
             limit=(limit, optional(integer_from(1))),
             batch_size=(batch_size, integer_from(1)),
+            sequential=(sequential, BOOLEAN),
         )
         source = list(texts) if isinstance(texts, Iterator) else texts
         self.texts: Any = source if holds_model_inputs(source) else Texts.of(source)
@@ -152,8 +153,7 @@ class NullSpace(EditCallback):
         self.preserve = preserve
         self.sequential = sequential
         self.factors_path = factors_path
-        self.limit = limit
-        self.batch_size = batch_size
+        self.limit, self.batch_size = limit, batch_size
         self._projection = ChangeProjection({}, {}, remove_preserved)
         self._previous = PreviousInputs()
         # The second moments of the texts in preserve.

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kedit_train.arguments import above, check_arguments, integer_from, optional
+from kedit_train.arguments import BOOLEAN, above, check_arguments, integer_from, optional
 from kedit_train.callbacks.polyak_step import PolyakStep
 from kedit_train.core.cache.sequence_keys import hash_sequences
 from kedit_train.core.drift.damped_moments import DampedMoments, naming_weight
@@ -22,8 +22,10 @@ from kedit_train.core.fsdp import full_tensor, shard_like
 from kedit_train.core.locality.consecutive_runs import continues_run, given_edits, readable_again
 from kedit_train.core.locality.texts import Texts, TextSource
 from kedit_train.core.run import EditRun
+from kedit_train.core.scope.trained_prompts import TrainedPrompts
 from kedit_train.data import EditDataset
 from kedit_train.data.neighbor_prompts import has_subject
+from kedit_train.data.tokenization import shorten
 from kedit_train.errors import EditError, warn
 from kedit_train.functional.adam import AdamAverages
 from kedit_train.functional.dual_keys import distinctness, dual_keys
@@ -33,6 +35,8 @@ from kedit_train.paths import SAFETENSORS_PATH
 # Added to the divisor of the gradient of each value, as a fraction of the mean divisor. Without it, the values of edits
 # that are not in the batch, whose gradients are nearly 0, would move as far as the others in the first steps.
 _FLOOR = 0.3
+# The product of a dual key with its own key is 1, but two equal keys share one dual key, and the product is 0.5.
+_SHARED = 0.75
 
 
 class SubjectValues(PolyakStep):
@@ -141,6 +145,7 @@ class SubjectValues(PolyakStep):
         check_arguments(
             self,
             damping=(damping, above(0)),
+            sequential=(sequential, BOOLEAN),
             factors_path=(factors_path, optional(SAFETENSORS_PATH)),
             limit=(limit, optional(integer_from(1))),
             batch_size=(batch_size, integer_from(1)),
@@ -163,6 +168,7 @@ class SubjectValues(PolyakStep):
         # In a sequence of runs: the keys of earlier edits (prompt -> weight -> [d_in]).
         self._earlier: dict[str, dict[str, Tensor]] = {}
         self._prompts: list[str] = []
+        self._trained_prompts: TrainedPrompts | None = None
         self._model: weakref.ref[nn.Module] | None = None
 
     def prepare(self, run: EditRun) -> None:
@@ -192,7 +198,9 @@ class SubjectValues(PolyakStep):
             self._moments.read(run, self._layers)
         self._model = weakref.ref(run.model)
         tokenizer = run.tokenizer(self.texts.tokenizer)
-        self._source_hash = hash_sequences([list(text.encode()) for text in (*self._moments.chosen, *self._prompts)])
+        # In a sequence, the checkpoint contains the dual keys, because a new process has another model before the edit.
+        source = self._prompts if self.sequential else (*self._moments.chosen, *self._prompts)
+        self._source_hash = hash_sequences([list(text.encode()) for text in source])
         self._keys = subject_keys(
             run,
             self._layers,
@@ -204,6 +212,7 @@ class SubjectValues(PolyakStep):
         self._compute_duals()
         if not self.sequential:
             self._moments.free_factors()
+        self._trained_prompts = TrainedPrompts(run, tokenizer, edits, "SubjectValues")
         self._outputs = self._squares({name: full_tensor(wide(run.reference[name])) for name in self._layers})
         super().attach(run)
 
@@ -246,8 +255,11 @@ class SubjectValues(PolyakStep):
         return at_subjects, on_texts
 
     def state(self) -> dict[str, Any]:
-        keys = {"source": self._source_hash, "damping": self.damping}
-        return {**super().state(), "keys": keys, "earlier": {p: dict(keys) for p, keys in self._earlier.items()}}
+        state = {**super().state(), "keys": {"source": self._source_hash, "damping": self.damping}}
+        if self.sequential:
+            state["duals"] = dict(self._duals)
+            state["earlier"] = {prompt: dict(keys) for prompt, keys in self._earlier.items()}
+        return state
 
     def load_state(self, state: dict[str, Any]) -> None:
         if state.get("keys") != {"source": self._source_hash, "damping": self.damping}:
@@ -256,12 +268,13 @@ class SubjectValues(PolyakStep):
                 "and damping= of the run that wrote the checkpoint, or start a new run."
             )
         super().load_state(state)
-        self._earlier = {
-            prompt: {name: key.to(self._keys[name], copy=True) for name, key in keys.items()}
-            for prompt, keys in state["earlier"].items()
-        }
-        if self._earlier:
-            self._compute_duals()
+        if self.sequential:
+            device = next(iter(self._keys.values())).device
+            self._duals = {name: duals.to(device, copy=True) for name, duals in state["duals"].items()}
+            self._earlier = {
+                prompt: {name: key.to(device, copy=True) for name, key in keys.items()}
+                for prompt, keys in state["earlier"].items()
+            }
 
     def finish(self, run: EditRun) -> None:
         if self.sequential:
@@ -270,20 +283,34 @@ class SubjectValues(PolyakStep):
 
     def detach(self, run: EditRun) -> None:
         super().detach(run)
+        if self._trained_prompts is not None:
+            self._trained_prompts.stop()
+            self._trained_prompts = None
         self._layers, self._keys, self._duals = {}, {}, {}
         if not self.sequential:
             self._moments, self._earlier = self._new_moments(), {}
 
     def _compute_duals(self) -> None:
+        products = {}
         for name, keys in self._keys.items():
             # Each dual key has the product 0 with the keys of earlier edits, too.
             rows = torch.stack([*keys, *(earlier[name] for earlier in self._earlier.values())])
             with naming_weight(name):
                 duals, changes = dual_keys(rows, self._moments.damped(self.run, name))
+            products[name] = (duals * rows).sum(dim=1)[: len(keys)]
             # A step of the same length then changes the outputs on the texts equally, whatever the edit and the layer.
             own = (duals / changes[:, None])[: len(keys)]
             # Every process must take the same step, but the last bits of a solution may differ between processes.
             (self._duals[name],) = broadcast_from_first([own])
+        shared = torch.stack([*products.values()]).amax(dim=0) < _SHARED
+        if count := int(shared.sum()):
+            first = self._prompts[int(shared.nonzero()[0])]
+            warn(
+                f"{count} of {len(self._prompts)} edits (the first: {shorten(first)!r}) have nearly the same keys as "
+                "other edits, so they are not learned independently. Either they have the same subject and begin "
+                "alike, or there are too many edits for these layers; train such edits with another callback, for "
+                "example PolyakStep."
+            )
 
     def __repr__(self) -> str:
         return f"SubjectValues(step_size={self.step_size}, damping={self.damping})"

@@ -60,6 +60,8 @@ class EditDataset(TrainerDatasets):
     def __init__(
         self, edits: Iterable[Edit], *, name: str = "edits", format: str = "edits", skipped: Iterable[str] = ()
     ) -> None:
+        if not isinstance(edits, Iterable):
+            raise EditError(f"edits must be a list of Edit, a dataset or a path, got {edits!r}; give the edits.")
         self._edits = tuple(edits)
         self.name = name
         self.format = format

@@ -26,6 +26,8 @@ from kedit_train.safetensors_header import parse_json
 if TYPE_CHECKING:
     from rich.console import Console
 
+_WIDTH_IN_FILES = 120
+
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Report(ReportData):
@@ -176,6 +178,9 @@ class Report(ReportData):
         # A progress bar may occupy the current line. tqdm.write prints above a tqdm bar. It also prints above a rich
         # progress bar, because it uses sys.stdout, which rich replaces. A new console would bypass this replacement.
         own = Console()
+        if not own.is_terminal and not own.is_jupyter and "COLUMNS" not in os.environ:
+            # A file or a pipe has no width, and rich would cut the answers at 80 columns.
+            own = Console(width=_WIDTH_IN_FILES)
         if own.is_jupyter:
             from IPython.display import HTML, display  # pyright: ignore[reportMissingImports]
 

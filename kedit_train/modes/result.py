@@ -25,7 +25,7 @@ from kedit_train.plural import plural
 
 # The lines below the table of a result.
 NOTES = (
-    "Scores are exact matches of generated answers on all edits so far, with 95 % intervals.",
+    "Scores are those of generated answers on all edits so far, with 95 % intervals. The settings name the protocol.",
     "latest: reliability on the newest edits only. seconds: training time.",
 )
 

@@ -134,7 +134,7 @@ def run_edits(
         }
         if isinstance(train, TrainLoop):
             # All edits are used for this decision. Otherwise, the first training would decide on its own edits alone.
-            meta["append_eos"] = str(train.append_eos(model, run.edits))
+            meta["append_eos"] = str(train.append_eos(model, run.edits)).removeprefix("append_eos: ")
         copied = ("data_name", "data_hash", "model", "versions", "settings", "date")
         meta |= {name: unedited.meta[name] for name in copied}
         if wandb_run is not None:

@@ -111,7 +111,7 @@ def test_a_loop_decides_once_and_on_all_edits(capsys: pytest.CaptureFixture[str]
         options = EvaluationOptions(max_new_tokens=2)
         endless(model, tokenizer)
         result = run_edits(model, tokenizer, edits, mode="sequential", train=train, options=options, progress=False)
-        assert result.meta["append_eos"] == line
+        assert result.meta["append_eos"] == line.removeprefix("append_eos: ")
         assert capsys.readouterr().err.count("append_eos") == (setting == "auto")
 
 

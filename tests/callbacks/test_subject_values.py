@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 
 import pytest
@@ -51,10 +52,10 @@ def scope():
     return ParameterScope(2, modules=SCOPE)
 
 
-def run_steps(model, tokenizer, edits, *callbacks, steps=2, state=None):
+def run_steps(model, tokenizer, edits, *callbacks, steps=2, state=None, layers=2):
     """Return the losses, the gradients of the weight, the metrics and the state of a run."""
     losses, gradients, batch = [], [], batch_of(tokenizer, edits)
-    given = [scope(), TokenLoss("cross_entropy"), *callbacks]
+    given = [ParameterScope(layers, modules=SCOPE), TokenLoss("cross_entropy"), *callbacks]
     with editing(model, given, tokenizer=tokenizer, edits=edits, log_every_n_steps=1) as run:
         optimizer = torch.optim.AdamW(run.parameters(), lr=1e-2, weight_decay=0.1)
         if state is not None:
@@ -169,15 +170,44 @@ def test_later_runs_do_not_use_texts_with_their_evaluation_prompts(model, tokeni
     )
 
 
-def test_a_run_of_a_sequence_is_resumed_bit_for_bit(tokenizer, edits):
+def test_a_run_of_a_sequence_is_resumed_bit_for_bit_in_a_new_process(tokenizer, edits):
     models, callbacks = [world.load()[0] for _ in range(2)], [SubjectValues(TEXTS, sequential=True) for _ in range(2)]
     for model, callback in zip(models, callbacks, strict=True):
-        run_steps(model, tokenizer, edits[:2], callback)
-    run_steps(models[0], tokenizer, edits[2:], callbacks[0], steps=4)
-    saved = run_steps(models[1], tokenizer, edits[2:], callbacks[1], steps=2)[-1]
-    # A new process has no earlier keys of its own, so it reads them from the checkpoint.
-    run_steps(models[1], tokenizer, edits[2:], SubjectValues(TEXTS, sequential=True), steps=2, state=saved)
-    assert torch.equal(models[0].get_parameter(NAME), models[1].get_parameter(NAME))
+        run_steps(model, tokenizer, edits[:2], callback, layers="1-3")
+    between = copy.deepcopy(models[1].state_dict())
+    run_steps(models[0], tokenizer, edits[2:], callbacks[0], steps=4, layers="1-3")
+    saved = run_steps(models[1], tokenizer, edits[2:], callbacks[1], steps=2, layers="1-3")[-1]
+    # A new process has neither the earlier keys nor the model before the first run.
+    new, after = world.load()[0], copy.deepcopy(models[1].state_dict())
+    new.load_state_dict(between)
+    callback = SubjectValues(TEXTS, sequential=True)
+    with editing(
+        new, [ParameterScope("1-3", modules=SCOPE), TokenLoss("cross_entropy"), callback], tokenizer=tokenizer,
+        edits=edits[2:],
+    ) as run:  # fmt: skip
+        optimizer = torch.optim.AdamW(run.parameters(), lr=1e-2, weight_decay=0.1)
+        new.load_state_dict(after)
+        run.load_state_dict(saved)
+        for _ in range(2):
+            run.before_step()
+            new(**batch_of(tokenizer, edits[2:])).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        reached = [parameter.detach().clone() for parameter in run.parameters()]
+    expected = [models[0].get_parameter(NAME.replace("2", str(layer))) for layer in (1, 2, 3)]
+    assert all(torch.equal(a, b) for a, b in zip(reached, expected, strict=True))
+
+
+def test_a_warning_says_that_the_examples_contain_none_of_the_edits(model, tokenizer, edits):
+    other = EditDataset.load("world", limit=8)[4:]
+    with pytest.warns(UserWarning, match="^SubjectValues: none of the first 32 training examples contains the prompt"):
+        run_steps(model, tokenizer, edits, SubjectValues(TEXTS, edits=other), steps=8)
+
+
+def test_a_warning_says_which_edits_share_a_key(model, tokenizer, edits):
+    twice = [edits[0], edits[1], edits[0]]
+    with pytest.warns(UserWarning, match=r"^SubjectValues: 2 of 3 edits \(the first: .*have nearly the same keys"):
+        run_steps(model, tokenizer, twice, SubjectValues(TEXTS, edits=twice), steps=1)
 
 
 @pytest.mark.parametrize("changed", ["texts", "damping", "edits"])
@@ -237,6 +267,7 @@ def test_the_file_of_second_moments_is_read_by_later_runs(tokenizer, edits, tmp_
         ({"damping": 0}, "damping must be > 0"),
         ({"step_size": 0}, r"step_size must be in \(0, 1\]"),
         ({"batch_size": 0}, "batch_size must be an integer >= 1"),
+        ({"sequential": "false"}, "sequential must be True or False, got 'false'"),
         ({"factors_path": "moments.bin"}, "factors_path must be a path that ends"),
     ],
 )

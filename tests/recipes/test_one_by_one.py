@@ -153,6 +153,7 @@ def test_edits_learned_before_an_error_are_kept(tmp_path: Path) -> None:
         (("--output_dir", str(SCRIPT)), f"because {SCRIPT} is not a folder"),
         (("--ball", "0"), "--ball must be > 0, got 0."),
         (("--texts_per_step", "1"), "--texts_per_step must be >= 2, got 1."),
+        (("--keep", "subject_values"), "--keep subject_values needs a pretrained model"),
         (("--subject_tokens",), "--subject_tokens needs --keep null_space and a pretrained model"),
         (("--subject_tokens", "--plain"), "--subject_tokens needs --keep null_space and a pretrained model"),
     ],

@@ -96,6 +96,6 @@ def naming_weight(name: str) -> Iterator[None]:
         yield
     except ValueError as error:
         raise EditError(
-            f"the inputs of {name} on the texts or at the subjects are zero or not finite ({error}); remove this "
-            "weight from the scope."
+            f"the inputs of {name} on the texts or at the subjects are zero or not finite, or the damping is too small "
+            f"({error}); remove this weight from the scope, or set a larger damping=."
         ) from error

@@ -88,7 +88,10 @@ def load_factors(
         if found.removesuffix(WITHOUT_FIRST) == fingerprint.removesuffix(WITHOUT_FIRST):
             how = "by another callback, which handles the first tokens of texts differently"
         elif subject == "texts":
-            how = "with other texts, another limit or another seed than those of this run"
+            how = (
+                "with other texts, another limit or another seed than those of this run (texts that contain a prompt "
+                "of the edits are left out, so other edits can also be the reason)"
+            )
         else:
             how = f"with other {subject} than those of this run"
         raise EditError(

@@ -38,7 +38,10 @@ def read_texts(source: Any, tokenizer: Any = None, *, render: bool = False) -> l
             'rename one column to "text".'
         )
     if not isinstance(source, Iterable) or isinstance(source, Mapping):
-        raise EditError(f"texts must be a list of strings, a path or a dataset, got {reprlib.repr(source)}.")
+        raise EditError(
+            f"texts must be a list of strings, a path or a dataset, got {reprlib.repr(source)}; give texts on which "
+            "predictions should stay the same."
+        )
     texts = []
     for number, record in enumerate(source, 1):
         where = f"{name}, record {number}"
