@@ -100,9 +100,21 @@ def test_the_embedded_world():
             "texts, record 1: expected a string or a record with "
             "\"text\" or \"messages\", got {'prompt': 'a'}; correct this record.",
         ),
-        (None, "texts must be a list of strings, a path or a dataset, got None."),
-        (5, "texts must be a list of strings, a path or a dataset, got 5."),
-        ({"text": ["a"]}, "texts must be a list of strings, a path or a dataset, got {'text': ['a']}."),
+        (
+            None,
+            "texts must be a list of strings, a path or a dataset, got None; give texts on which "
+            "predictions should stay the same.",
+        ),
+        (
+            5,
+            "texts must be a list of strings, a path or a dataset, got 5; give texts on which "
+            "predictions should stay the same.",
+        ),
+        (
+            {"text": ["a"]},
+            "texts must be a list of strings, a path or a dataset, got {'text': ['a']}; give texts on which "
+            "predictions should stay the same.",
+        ),
         (
             "The sky is blue.",
             "file 'The sky is blue.' does not exist or cannot be read; pass the path of a .txt, "
