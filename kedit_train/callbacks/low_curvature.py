@@ -30,9 +30,9 @@ from kedit_train.paths import SAFETENSORS_PATH
 class LowCurvature(EditCallback):
     """Keep each weight from moving in the directions that most affect predictions on given texts.
 
-    This is the constraint of CrispEdit. ``D = W - W0`` is the change of a weight, and ``vec(D)ᵀ G vec(D)`` estimates
-    how much D harms general ability. G is the Gauss-Newton matrix of the cross-entropy on general texts. For each
-    weight, G is approximated as a Kronecker product of two K-FAC factors.
+    This is the constraint of CrispEdit. ``D = W - W0`` is the change of a weight W from its value W0 before the edit,
+    and ``vec(D)ᵀ G vec(D)`` estimates how much D harms general ability. G is the Gauss-Newton matrix of the
+    cross-entropy on general texts. For each weight, G is approximated as a Kronecker product of two K-FAC factors.
 
     After every optimizer step, D is projected: its components along the eigenvectors of G with the largest eigenvalues
     are removed. These eigenvectors are selected in descending order of their eigenvalues until the selected eigenvalues

@@ -199,8 +199,8 @@ class SubjectTokens(EditCallback):
         if not isinstance(ids, Tensor) or ids.ndim != 2:
             with reported_by("SubjectTokens"):
                 raise EditError(
-                    "the model must receive input_ids [rows, length] to find the subjects, got no token ids (for "
-                    "example inputs_embeds); remove SubjectTokens."
+                    "the model must receive input_ids [rows, length], because the subjects are found in the token ids, "
+                    "got other inputs (for example inputs_embeds); pass input_ids, or remove SubjectTokens."
                 )
         self._chosen = positions.find(ids, real_tokens(mask, ids))
 
