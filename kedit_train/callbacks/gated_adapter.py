@@ -75,8 +75,11 @@ class GatedAdapter(EditCallback):
         gate: the gate, with ``keys`` [keys, hidden], ``radii`` [keys], ``layer`` and ``remove()``. None before
             training.
 
-    Logs ``edit/gate/radius`` (mean radius), ``edit/gate/distance`` (mean distance from a key to the nearest hidden
-    state in the held texts) and ``edit/gate/open`` (fraction of the training examples in which the gate was open).
+    Three metrics are logged:
+
+    - ``edit/gate/radius``: mean radius of the keys.
+    - ``edit/gate/distance``: mean distance from a key to the nearest hidden state in the held texts.
+    - ``edit/gate/open``: fraction of the training examples in which the gate was open.
 
     Raises:
         EditError: an argument is out of range, the edits are unknown, the model has no new LoRA adapter, the run also
@@ -196,8 +199,8 @@ class GatedAdapter(EditCallback):
         if small:
             warn(
                 f"{small} of {len(radii)} keys (hidden states of edited prompts) are close to a hidden state of a text "
-                "on which the adapter must not act, so their radius is nearly 0, and the adapter may fail to act on "
-                "these prompts; adapt only higher blocks, or remove texts that contain an edited prompt."
+                "on which the adapter must not act, so their radius is nearly 0. The adapter may fail to act on these "
+                "prompts; adapt only higher blocks, or remove texts that contain an edited prompt."
             )
         if opened := begin_with(held, prompts):
             warn(

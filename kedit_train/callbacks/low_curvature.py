@@ -71,9 +71,11 @@ class LowCurvature(EditCallback):
         limit: maximum number of texts to read. None (default) reads all texts.
         batch_size: number of sequences per forward and backward pass. Default 4.
 
-    Logs ``edit/drift/low_curvature_free`` (mean fraction of directions that remain free),
-    ``edit/drift/low_curvature_removed`` (mean fraction of the curvature that is removed) and
-    ``edit/drift/low_curvature_leak`` (norm of the change in removed directions divided by the norm of the change).
+    Three metrics are logged:
+
+    - ``edit/drift/low_curvature_free``: mean fraction of the directions that remain free.
+    - ``edit/drift/low_curvature_removed``: mean fraction of the curvature that is removed.
+    - ``edit/drift/low_curvature_leak``: norm of the change in removed directions, divided by the norm of the change.
 
     Raises:
         EditError: an argument is invalid; the model is not a causal language model; or the scope contains parameters

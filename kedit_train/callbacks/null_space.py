@@ -30,12 +30,7 @@ from kedit_train.core.locality.token_sequences import tokenize_edits
 from kedit_train.core.run import EditRun
 from kedit_train.data import Edit, EditDataset
 from kedit_train.errors import EditError
-from kedit_train.functional.null_space import (
-    FreeSpace,
-    free_space,
-    join_directions,
-    principal_directions,
-)
+from kedit_train.functional.null_space import FreeSpace, free_space, join_directions, principal_directions
 from kedit_train.functional.precision import wide
 from kedit_train.paths import SAFETENSORS_PATH
 
@@ -92,9 +87,11 @@ class NullSpace(EditCallback):
         limit: maximum number of texts to read. None (default) reads all texts.
         batch_size: number of sequences per forward pass before training. Default 8.
 
-    Logs ``edit/drift/null_space_rank`` (mean number of preserved directions per weight),
-    ``edit/drift/null_space_share`` (mean fraction of input directions that are preserved) and
-    ``edit/drift/null_space_leak`` (``|change U| / |change|`` over the whole scope).
+    Three metrics are logged:
+
+    - ``edit/drift/null_space_rank``: mean number of preserved directions per weight.
+    - ``edit/drift/null_space_share``: mean fraction of the input directions that are preserved.
+    - ``edit/drift/null_space_leak``: ``|change U| / |change|`` over the whole scope.
 
     Raises:
         EditError: an argument is invalid; the scope contains parameters other than weights of ``nn.Linear``, ``Conv1D``

@@ -145,10 +145,11 @@ class PrefixCache(EditCallback):
             warn("the training loop compiles the model, so nothing is cached; remove torch.compile or PrefixCache.")
 
     def metrics(self, run: EditRun) -> dict[str, float]:
-        """Return the fraction of sequences served from the cache since the last call, and totals of the run.
+        """Return the fraction of sequences read from the cache since the last call, and totals of the run.
 
-        The totals are the number of stored sequences, their bytes in memory and on disk, the number of sequences that
-        did not fit, the number of batches that could not use the cache, and the seconds saved.
+        The totals are the number of stored sequences, their bytes in memory and their bytes on disk. Further totals are
+        the number of sequences that did not fit, the number of batches that could not use the cache, and the seconds
+        saved.
         """
         prefix = self._prefix
         if prefix is None or not (prefix.sequences or prefix.bypassed):

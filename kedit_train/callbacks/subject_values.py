@@ -91,9 +91,9 @@ class SubjectValues(PolyakStep):
         limit: maximum number of texts to read. None (default) reads all texts.
         batch_size: number of sequences per forward pass when the keys and the second moments are computed. Default 8.
 
-    Logs ``edit/drift/subject_change`` and ``edit/drift/text_change``. Both are the root mean square change of the
-    layers' outputs, divided by the root mean square of the outputs before the edit. The first is measured at the
-    subjects of the edits, and the second on ``texts``.
+    Two metrics are logged, ``edit/drift/subject_change`` and ``edit/drift/text_change``. Both are the root mean square
+    change of the layers' outputs, divided by the root mean square of the outputs before the edit. The first metric is
+    measured at the subjects of the edits, and the second metric on ``texts``.
 
     Raises:
         EditError: an argument is invalid; the edits of the run are unknown; no callback computes the loss (add
