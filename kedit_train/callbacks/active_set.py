@@ -35,7 +35,8 @@ class ActiveSet(EditCallback):
     Args:
         recheck: how many times a learned edit is left out before the model runs on it again.
         probability: an edit is learned when each of its target tokens has at least this probability, in (0, 1). With
-            None (default), an edit is learned when the loss of each target token is at most ``epsilon``.
+            None (default), an edit is learned when the loss of each target token is at most the ``epsilon`` of the
+            callback that computes the token loss.
 
     Raises:
         EditError: the run has no token loss, the token loss has ``epsilon=0`` while ``probability`` is None, or the run

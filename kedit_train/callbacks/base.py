@@ -67,8 +67,9 @@ class EditCallback(TransformersEvents, LightningEvents):
     def requires(self) -> Sequence[Requirement]:
         """Return the requirements of this callback: the metrics and capabilities that it needs.
 
-        For each requirement, a callback of the run must provide one of the names in ``any_of``. This may be the
-        callback itself. The run checks the requirements before the first callback attaches.
+        For each requirement, a callback of the run must provide at least one of the names in ``any_of``. The callback
+        with the requirement may provide this name itself. The run checks the requirements before the first callback
+        attaches.
         """
         return ()
 
@@ -117,10 +118,10 @@ class EditCallback(TransformersEvents, LightningEvents):
     def constrain(self, weights: dict[str, Tensor], reference: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the constrained values of the weights in the scope (the parameters that may change).
 
-        If ``constrains`` is True, this method is called after every optimizer step, outside of the gradient
-        computation. The callbacks are called in ascending ``order``: second-order locality, weight anchor, low
-        curvature, null space, norm ball, gradient mask. The gradient mask comes last, so that frozen entries keep their
-        exact values.
+        If ``constrains`` is True, this method is called after every optimizer step, under ``torch.no_grad()``. The
+        callbacks are called in ascending ``order``. For the callbacks of this library, the order is ``PolyakStep`` and
+        its subclasses, ``WeightAnchor``, ``LowCurvature``, ``NullSpace``, ``NormBall``, ``GradientMask``.
+        ``GradientMask`` comes last, so that frozen entries keep their exact values.
 
         Args:
             weights: a dict from parameter name to the current weight. The optimizer step and the constraints of earlier

@@ -101,8 +101,8 @@ class BatchAnchor(EditCallback):
         # If several optimizers share a step, the check was made when the first of them stepped.
         if self._term is not None and self._term.last_step != run.step and not run.steps.is_shared:
             raise EditError(
-                "the model was not called with labels= since the last optimizer step, so there was no batch to anchor; "
-                "call model(..., labels=labels) in the training step and train on the loss that this call returns."
+                "the model was not called with labels= since the last optimizer step, so no penalty was added to the "
+                "loss; call model(..., labels=labels) in the training step, and train on the loss that it returns."
             )
         return False
 

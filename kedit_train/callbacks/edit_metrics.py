@@ -27,7 +27,7 @@ from kedit_train.evaluation.reporting import wandb_tables
 from kedit_train.evaluation.scoring.router_divergence import RouterDivergence
 from kedit_train.paths import PATH
 
-# Published at every evaluation during training.
+# The scores that every evaluation during training publishes.
 _SCORES = ("reliability", "reliability_smallest_token_probability", "generality", "portability", "locality")
 
 
@@ -74,8 +74,8 @@ class EditMetrics(EditCallback):
         limit: maximum number of edits per evaluation during training. The edits are a fixed random sample. None takes
             all edits.
         report_path: file for the final report. The ending of the path sets the format: ``.md`` for Markdown, ``.html``
-            for HTML, any other ending for JSON. Beside a JSON file, the same report is written as an HTML page. None
-            writes no file.
+            for HTML, any other ending for JSON. If the file is JSON, the same report is also written as an HTML page in
+            the same folder. None writes no file.
         show: whether to print the final report as a table.
         max_fraction_of_time: maximum fraction of the training time that evaluations during training may take, in
             (0, 1). If the evaluations so far took a larger fraction, the next evaluation during training is skipped.
@@ -303,7 +303,7 @@ class EditMetrics(EditCallback):
     def _update_best(self, run: EditRun, scores: Mapping[str, float]) -> None:
         names = ("reliability", "locality")
         current = {f"edit/best/{name}": scores[f"edit/{name}"] for name in names if f"edit/{name}" in scores}
-        # Lists compare by reliability first. A tie keeps the earlier step.
+        # The lists are compared by the reliability first, then by the locality. In a tie, the earlier step stays best.
         if not self.best or list(current.values()) > [self.best[name] for name in current]:
             self.best = {"edit/best/step": float(run.step), **current}
 

@@ -48,8 +48,8 @@ class ForecastMetrics(EditCallback):
             have the shape [forward passes, windows, ...].
         kept: inputs on which the outputs should not change, as one list or as a file, without targets.
         every_n_steps: number of optimizer steps between two measurements. 0 measures before and after training only.
-        error: "mse" is the mean squared error. The output has the shape of its target. "quantile" is the mean quantile
-            loss. The output has the shape [..., Q] for a target of the shape [...].
+        error: "mse" is the mean squared error. Each output must have the shape of its target. "quantile" is the mean
+            quantile loss. For a target of the shape [...], the output must have the shape [..., Q].
         quantiles: the Q quantile levels, in (0, 1), for ``error="quantile"``.
         output: which tensor of the model's output to use: a name, an index, or a function of the output. With None, the
             output must be a tensor.
@@ -208,7 +208,10 @@ class ForecastMetrics(EditCallback):
             raise EditError(f"new must be a pair (inputs, targets), got {type(self.new).__name__}; pass two lists.")
         items, targets = read_model_inputs(self.new[0], "new"), self.new[1]
         if not isinstance(targets, list | tuple) or not all(isinstance(target, Tensor) for target in targets):
-            raise EditError("the targets in new must be a list with one tensor per forward pass; pass [targets].")
+            raise EditError(
+                "the targets, the second item of new, must be a list with one tensor per forward pass; for a single "
+                "forward pass, pass ([inputs], [targets])."
+            )
         if len(items) != len(targets):
             raise EditError(
                 f"new must have one target per forward pass, got {len(items)} inputs and {len(targets)} targets; pass "

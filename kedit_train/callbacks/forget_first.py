@@ -59,8 +59,8 @@ class ForgetFirst(EditCallback):
 
     Args:
         texts: texts on which the model should not change: a source of texts or a :class:`Texts`. The perplexity is
-            measured on these texts. Use texts that state other facts in the wording of the edits. They show damage
-            at much smaller coefficients than prose does.
+            measured on these texts. Use texts that state other facts in the wording of the edits. On such texts, the
+            perplexity rises at much smaller coefficients than on prose.
         edits: a path or a sequence of edits. None uses the edits of ``EditMetrics`` or of the training loop.
         coefficients: how much to subtract, as numbers > 0. None uses 0.1, 0.3, 0.5 and 0.7, as in the paper.
         scale: how the coefficient sets the size of the subtracted change. With "trained", the weight change
@@ -69,8 +69,8 @@ class ForgetFirst(EditCallback):
             not depend on the length of the training. Parameters that the training did not change are left out of the
             norms.
         max_probability: the old answers count as forgotten if their mean probability is at most this value, in (0, 1).
-        max_perplexity_ratio: maximum of the perplexity on ``texts`` after the subtraction, divided by the perplexity
-            before the subtraction, >= 1.
+        max_perplexity_ratio: maximum ratio of two perplexities on ``texts``, >= 1. The ratio is the perplexity after
+            the subtraction, divided by the perplexity before the subtraction.
         training: how to train on the old answers: a :class:`ForgetTraining` or a mapping of its arguments. None uses
             the defaults.
         prompt_format: how prompts are written: "plain", "chat", "question" or a :class:`~kedit_train.ChatFormat`. Use

@@ -39,10 +39,10 @@ class ForgettingBudget(EditCallback):
     Lagrange multiplier). You therefore choose how much the model may change, and do not have to choose a weight. The
     argument ``weight`` of the penalty is only the value at the start.
 
-    If the run is long enough, the divergence is within the budget at its end. In the first steps, the divergence can be
-    above the budget, because ``ForgettingBudget`` has not yet adapted the weight of the penalty. The divergence of a
-    step is measured before the weights of the model change, so the effect of the last step is not measured. If the last
-    average is above the budget, there is a warning at the end of the run.
+    If the run is long enough, the divergence is within the budget when training ends. In the first steps, the
+    divergence can be above the budget, because ``ForgettingBudget`` has not yet adapted the weight of the penalty. The
+    divergence of a step is measured before the weights of the model change, so the effect of the last step is not
+    measured. If the last average is above the budget, there is a warning at the end of the run.
 
     Args:
         kl: the budget: mean divergence per token in nats, in the direction that the penalty uses. For
@@ -145,7 +145,7 @@ class ForgettingBudget(EditCallback):
             raise EditError(f'measured_on="{self.measured_on}" needs {owner}, which is missing; add {owner}.')
         if len(found) > 1:
             on = [penalty.measured_on for penalty in found]
-            several = f"there are {len(found)} penalties, measured on {', '.join(on)}, and only one can be adapted"
+            several = f"there are {len(found)} penalties, measured on {' and '.join(on)}, but only one can be adapted"
             advice = "set measured_on= to choose one" if len(set(on)) > 1 else "keep only one of the penalties"
             raise EditError(f"{several}; {advice}.")
         (penalty,) = found

@@ -1,4 +1,4 @@
-"""GatedAdapter: let a LoRA adapter act only near the prompts of the edits."""
+"""GatedAdapter: let a LoRA adapter act only on the prompts of the edits and on similar prompts."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ from kedit_train.data import EditDataset
 from kedit_train.errors import EditError, warn
 from kedit_train.paths import PATH
 
-# A warning is issued if the gate did not open in some of the first rows. This is their number.
+# After this number of training examples, a warning is issued if the gate did not open in some of them.
 _EXAMPLES = 32
 # A radius below this fraction of the length of its key is not larger than the rounding errors of half precision.
 _SMALL = 1e-3
 
 
 class GatedAdapter(EditCallback):
-    """Let a LoRA adapter act only near the prompts of the edits.
+    """Let a LoRA adapter act only on the prompts of the edits and on similar prompts.
 
     The run trains a LoRA adapter. Before the first step, this callback adds a gate to the adapter. For each edited
     prompt, the gate stores a key and a radius. The key is the hidden state of the last token of the prompt, at the
-    input of one decoder block. In each row of a batch, the adapter begins to act at the first token whose hidden state
-    lies within the radius of a key, and acts until the end of the row. Before this token, and in rows without such a
-    token, the output of the model is bit for bit the output of the unedited model in the same batch.
+    input of one decoder block. In each sequence of a batch, the adapter begins to act at the first token whose hidden
+    state lies within the radius of a key, and acts until the end of the sequence. Before this token, and in sequences
+    without such a token, the output of the model is bit for bit the output of the unedited model in the same batch.
 
     Some chat templates write a prompt differently in training and in generation. The training dataset can also contain
     a prompt after other text, such as a system prompt. The gate stores a key for each of these forms of the prompt.
@@ -55,7 +55,7 @@ class GatedAdapter(EditCallback):
     is an ordinary adapter that acts on every input.
 
     Args:
-        texts: a source of held texts, or a :class:`Texts`.
+        texts: texts on which the adapter must not act: a source of texts or a :class:`Texts`.
         margin: radius of a key as a fraction of its distance to the nearest hidden state in the held texts, in (0, 1].
         layer: index of the decoder block whose inputs are compared with the keys. None takes the first block with an
             adapter. An index above this block is an error. At block 0, the hidden state of a token is its embedding,
@@ -75,8 +75,11 @@ class GatedAdapter(EditCallback):
         gate: the gate, with ``keys`` [keys, hidden], ``radii`` [keys], ``layer`` and ``remove()``. None before
             training.
 
-    Logs ``edit/gate/radius`` (mean radius), ``edit/gate/distance`` (mean distance from a key to the nearest hidden
-    state in the held texts) and ``edit/gate/open`` (fraction of the training examples in which the gate was open).
+    Three metrics are logged:
+
+    - ``edit/gate/radius``: mean radius of the keys.
+    - ``edit/gate/distance``: mean distance from a key to the nearest hidden state in the held texts.
+    - ``edit/gate/open``: fraction of the training examples in which the gate was open.
 
     Raises:
         EditError: an argument is out of range, the edits are unknown, the model has no new LoRA adapter, the run also
@@ -188,21 +191,21 @@ class GatedAdapter(EditCallback):
         radii = self.margin * nearest
         if same := int((nearest == 0).sum()):
             raise EditError(
-                f"{same} of {len(radii)} keys (hidden states of edited prompts) equal a hidden state of a held text "
-                "(the adapter must not act there), so no radius separates them. At block 0, hidden states are only "
-                "embeddings; leave block 0 out of layers_to_transform (LoraConfig), and do not set layer=0."
+                f"{same} of {len(radii)} keys (hidden states of edited prompts) equal a hidden state of a text on "
+                "which the adapter must not act, so no radius separates them. At block 0, hidden states are only "
+                "embeddings; leave block 0 out of layers_to_transform in LoraConfig, and do not set layer=0."
             )
         small = int((radii < _SMALL * keys.norm(dim=1)).sum())
         if small:
             warn(
-                f"{small} of {len(radii)} keys (hidden states of edited prompts) are close to a hidden state of a held "
-                "text (the adapter must not act there), so their radius is nearly 0, and the adapter may fail to act "
-                "on these prompts; adapt only higher blocks, or remove texts that contain an edited prompt."
+                f"{small} of {len(radii)} keys (hidden states of edited prompts) are close to a hidden state of a text "
+                "on which the adapter must not act, so their radius is nearly 0. The adapter may fail to act on these "
+                "prompts; adapt only higher blocks, or remove texts that contain an edited prompt."
             )
         if opened := begin_with(held, prompts):
             warn(
-                f"{opened} of {len(held)} held texts (texts on which the adapter must not act) begin with an edited "
-                "prompt, so the adapter acts on the rest of these texts in any case; remove these texts from texts=."
+                f"{opened} of {len(held)} texts on which the adapter must not act begin with an edited prompt, so the "
+                "adapter acts on the rest of these texts in any case; remove these texts from texts=."
             )
         self._distance = float(nearest.mean())
         gate = Gate(keys, radii, layer)
@@ -254,7 +257,7 @@ class GatedAdapter(EditCallback):
                 f"the checkpoint was written with a gate at block {state['layer']}, but the gate of this run is "
                 f"at block {self.gate.layer}; resume with the same layer= and the same LoRA configuration."
             )
-        # The same keys, even if the texts or the edits were changed in the meantime.
+        # The keys of the checkpoint are used, even if the texts or the edits were changed in the meantime.
         self.gate.keys, self.gate.radii = (state[name].to(self.gate.keys.device) for name in ("keys", "radii"))
         self._distance, self._warned = state["distance"], state["warned"]
         self._rows, self._opened = state["rows"], torch.tensor(float(state["opened"]))
@@ -279,7 +282,7 @@ class GatedAdapter(EditCallback):
 
     def _held(self, run: EditRun) -> list[list[int]]:
         """Return the token ids of ``texts`` and of the prompts that ``neighbors`` adds."""
-        held = self.texts.tokenize(run, limit=self.limit, reason="the adapter must act there")
+        held = self.texts.tokenize(run, limit=self.limit, reason="the adapter must act on such prompts")
         neighbors = neighbor_texts(run, self.texts, self.neighbors) if self.neighbors else None
         if neighbors is not None:
             held += neighbors.tokenize(run)

@@ -132,7 +132,7 @@ class GradientMask(EditCallback):
                 "remove score, density, granularity, edits and save_path.",
                 component="GradientMask",
             )
-        # Name -> True where the entry keeps its value.
+        # For each parameter name, a bool tensor: True where the entry keeps its value.
         self._frozen: dict[str, Tensor] = {}
         self._handles: list[Any] = []
 

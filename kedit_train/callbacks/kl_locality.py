@@ -43,8 +43,8 @@ class KLLocality(EditCallback):
     the edit from the stored hidden states.
 
     Each optimizer step draws ``batch_size`` texts, the same texts on every process. Texts that contain an evaluation
-    prompt of the edits are left out, with a warning. :class:`PrefixCache` pads the texts differently. This changes the
-    rounding errors of the penalty.
+    prompt of the edits are left out, with a warning. In a run with :class:`PrefixCache`, the texts have other padding,
+    so the rounding errors of the penalty differ.
 
     For sequential edits, set ``sequential=True`` and use the same instance and the same model object in all runs. Every
     run then penalizes the divergence from the model before the first run. Up to half of each batch consists of previous
@@ -57,8 +57,9 @@ class KLLocality(EditCallback):
     Args:
         texts: a source of texts (a list of strings or conversations, a path, a dataset, or "world" for the bundled
             texts) or a :class:`Texts`. If you train on chats, some texts should be conversations. ``Texts`` also has
-            the arguments ``max_length``, ``tokenizer``, ``seed`` (for the draws) and ``nearest``. ``nearest`` selects
-            the texts most similar to each edit. Use ``nearest`` only in a run with few edits.
+            the arguments ``max_length``, ``tokenizer``, ``seed`` and ``nearest``. ``seed`` is the seed with which each
+            step draws texts. ``nearest`` selects the texts most similar to each edit. Use ``nearest`` only in a run
+            with few edits.
         weight: factor of the mean divergence in the training loss. The default is large, because the divergence is a
             mean over all tokens, and an edit changes the predictions of only a few tokens.
         direction: the divergence between the model before the edit and the model now. "forward" is KL(before || now),

@@ -30,9 +30,9 @@ from kedit_train.paths import SAFETENSORS_PATH
 class LowCurvature(EditCallback):
     """Keep each weight from moving in the directions that most affect predictions on given texts.
 
-    This is the constraint of CrispEdit. ``D = W - W0`` is the change of a weight, and ``vec(D)ᵀ G vec(D)`` estimates
-    how much D harms general ability. G is the Gauss-Newton matrix of the cross-entropy on general texts. For each
-    weight, G is approximated as a Kronecker product of two K-FAC factors.
+    This is the constraint of CrispEdit. ``D = W - W0`` is the change of a weight W from its value W0 before the edit,
+    and ``vec(D)ᵀ G vec(D)`` estimates how much D harms general ability. G is the Gauss-Newton matrix of the
+    cross-entropy on general texts. For each weight, G is approximated as a Kronecker product of two K-FAC factors.
 
     After every optimizer step, D is projected: its components along the eigenvectors of G with the largest eigenvalues
     are removed. These eigenvectors are selected in descending order of their eigenvalues until the selected eigenvalues
@@ -71,9 +71,11 @@ class LowCurvature(EditCallback):
         limit: maximum number of texts to read. None (default) reads all texts.
         batch_size: number of sequences per forward and backward pass. Default 4.
 
-    Logs ``edit/drift/low_curvature_free`` (mean fraction of directions that remain free),
-    ``edit/drift/low_curvature_removed`` (mean fraction of the curvature that is removed) and
-    ``edit/drift/low_curvature_leak`` (norm of the change in removed directions divided by the norm of the change).
+    Three metrics are logged:
+
+    - ``edit/drift/low_curvature_free``: mean fraction of the directions that remain free.
+    - ``edit/drift/low_curvature_removed``: mean fraction of the curvature that is removed.
+    - ``edit/drift/low_curvature_leak``: norm of the change in removed directions, divided by the norm of the change.
 
     Raises:
         EditError: an argument is invalid; the model is not a causal language model; or the scope contains parameters

@@ -44,8 +44,8 @@ class NormBall(EditCallback):
             changes of several runs then add up.
         fraction: sets the radius if ``radius`` is None. For "linf", the radius of a tensor is ``fraction`` times the
             root mean square of the tensor before the edit. For "l2", the radius is ``fraction`` times the norm of the
-            tensor before the edit. With ``per="scope"``, it is ``fraction`` times the norm of all tensors together.
-            Default 0.6.
+            tensor before the edit. For "l2" with ``per="scope"``, the radius is ``fraction`` times the norm of all
+            tensors together. Default 0.6.
 
     Logs ``edit/drift/ball``: the distance of a tensor from the center, divided by the radius. The logged value is the
     maximum over all tensors. For "linf", also logs ``edit/drift/at_bound``: the fraction of entries at their bound.

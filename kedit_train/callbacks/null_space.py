@@ -30,12 +30,7 @@ from kedit_train.core.locality.token_sequences import tokenize_edits
 from kedit_train.core.run import EditRun
 from kedit_train.data import Edit, EditDataset
 from kedit_train.errors import EditError
-from kedit_train.functional.null_space import (
-    FreeSpace,
-    free_space,
-    join_directions,
-    principal_directions,
-)
+from kedit_train.functional.null_space import FreeSpace, free_space, join_directions, principal_directions
 from kedit_train.functional.precision import wide
 from kedit_train.paths import SAFETENSORS_PATH
 
@@ -90,11 +85,13 @@ class NullSpace(EditCallback):
             was computed. Texts that contain evaluation prompts of the edits are left out, so other edits can need
             another file. With LoRA, no file can be used.
         limit: maximum number of texts to read. None (default) reads all texts.
-        batch_size: number of sequences per forward pass. Default 8.
+        batch_size: number of sequences per forward pass before training. Default 8.
 
-    Logs ``edit/drift/null_space_rank`` (mean number of preserved directions per weight),
-    ``edit/drift/null_space_share`` (mean fraction of input directions that are preserved) and
-    ``edit/drift/null_space_leak`` (``|change U| / |change|`` over the whole scope).
+    Three metrics are logged:
+
+    - ``edit/drift/null_space_rank``: mean number of preserved directions per weight.
+    - ``edit/drift/null_space_share``: mean fraction of the input directions that are preserved.
+    - ``edit/drift/null_space_leak``: ``|change U| / |change|`` over the whole scope.
 
     Raises:
         EditError: an argument is invalid; the scope contains parameters other than weights of ``nn.Linear``, ``Conv1D``
@@ -158,7 +155,7 @@ class NullSpace(EditCallback):
         self._previous = PreviousInputs()
         # The second moments of the texts in preserve.
         self._preserved: dict[str, SecondMoment] = {}
-        # In a sequence: the texts of the previous run, their second moments, and the directions of texts and edits.
+        # With sequential: the texts of the previous run, their second moments, and the directions of texts and edits.
         self._chosen: Sequence[str] | None = None
         self._text_moments: dict[str, SecondMoment] = {}
         self._of_texts: dict[str, Tensor] = {}
@@ -200,7 +197,7 @@ class NullSpace(EditCallback):
         if texts and not self._preserved:
             self._preserved = self._moments(run, layers, texts)
         earlier = self._previous.moments(run.edits, lambda edits: self._moments(run, layers, edits))
-        # The moments of earlier edits change little between runs, so their directions are computed from the last ones.
+        # The moments of earlier edits change little between runs, so the directions of the last run are a good start.
         self._of_previous = self._directions(earlier, self._of_previous)
         neighbors = neighbor_texts(run, self.texts, self.neighbors) if self.neighbors else None
         of_neighbors = self._directions(self._moments(run, layers, neighbors)) if neighbors else {}

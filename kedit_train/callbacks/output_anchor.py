@@ -33,8 +33,8 @@ class OutputAnchor(EditCallback):
 
     Args:
         inputs: one item per forward pass: a tensor, a tuple (positional arguments) or a mapping (keyword arguments).
-            This can also be the path of a safetensors file. Its tensors are named like the arguments of ``forward`` and
-            have the shape [forward passes, windows, ...].
+            ``inputs`` can also be the path of a safetensors file. The tensors in this file are named like the arguments
+            of ``forward`` and have the shape [forward passes, windows, ...].
         distance: "mse" is the mean squared difference, in the squared unit of the outputs. "quantile" is the mean
             absolute difference, in the unit of the outputs. If the outputs are evenly spaced quantiles, this difference
             approximates the 1-Wasserstein distance of two forecasts. "kl" is KL(before || now) in nats. It requires

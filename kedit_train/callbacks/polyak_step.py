@@ -35,10 +35,11 @@ class PolyakStep(EditCallback):
     running averages of loss and gradient). A step is never longer than a tenth of the norm of the weights in scope. The
     optimizer, its learning rate and a learning rate schedule have no effect on the weights in scope.
 
-    Other callbacks act as usual: a penalty (``KLLocality``) is part of the gradient, and constraints (``NullSpace``,
-    ``LowCurvature``, ``GradientMask``, ``NormBall``) are applied after the step. ``NullSpace``, ``LowCurvature`` and
-    ``GradientMask`` also project the gradient before the step, so the predicted reduction takes them into account.
-    ``NormBall`` does not change the gradient. If it shortens a step, the loss falls by less than predicted.
+    Other callbacks act as usual. A penalty such as ``KLLocality`` is part of the gradient. The constraints of
+    ``NullSpace``, ``LowCurvature``, ``GradientMask`` and ``NormBall`` are applied after the step. ``NullSpace``,
+    ``LowCurvature`` and ``GradientMask`` also project the gradient before the step, so the predicted reduction takes
+    their constraints into account. ``NormBall`` does not change the gradient. If ``NormBall`` shortens a step, the loss
+    falls by less than predicted.
 
     If an edit cannot be learned, the loss stops falling, but every step still moves the weights and changes other
     answers. A warning is issued if the average loss has not fallen by one percent in 20 steps.
@@ -49,8 +50,8 @@ class PolyakStep(EditCallback):
             Default 0.1.
 
     Raises:
-        EditError: ``step_size`` is not above 0 and at most 1; no callback computes the loss; or another callback also
-            replaces the optimizer step.
+        EditError: ``step_size`` is not in (0, 1]; no callback computes the loss; or another callback also replaces the
+            optimizer step.
 
     References:
         MoMo: Momentum Models for Adaptive Learning Rates, arXiv 2305.07583, for Polyak's step size with momentum.

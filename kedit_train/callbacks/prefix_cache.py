@@ -28,9 +28,9 @@ class PrefixCache(EditCallback):
     stored sequence consists of the token ids and the position of the first token. A stored sequence can therefore be
     used in shuffled batches, with other padding, in accumulated micro-batches and for the texts of ``KLLocality``.
 
-    From the second epoch on, training is faster. If every epoch has the same batches, losses and weights are bit for
-    bit the same as without the cache. If batches are shuffled, the padding differs, so losses and weights differ by
-    rounding. Evaluation and generation do not use the cache.
+    From the second epoch on, training is faster. If every epoch has the same batches, then losses and weights are bit
+    for bit the same as without the cache. If batches are shuffled, then the padding differs, so losses and weights
+    differ by rounding. Evaluation and generation do not use the cache.
 
     To find the frozen layers, ``PrefixCache`` observes one forward pass of the model. Before training, ``PrefixCache``
     checks that the logits with the cache and the logits without the cache are equal bit for bit.
@@ -145,10 +145,11 @@ class PrefixCache(EditCallback):
             warn("the training loop compiles the model, so nothing is cached; remove torch.compile or PrefixCache.")
 
     def metrics(self, run: EditRun) -> dict[str, float]:
-        """Return the fraction of sequences served from the cache since the last call, and totals of the run.
+        """Return the fraction of sequences read from the cache since the last call, and totals of the run.
 
-        The totals are the stored sequences, their bytes in memory and on disk, the sequences that did not fit, the
-        batches that could not be served, and the seconds saved.
+        The totals are the number of stored sequences, their bytes in memory and their bytes on disk. Further totals are
+        the number of sequences that did not fit, the number of batches that could not use the cache, and the seconds
+        saved.
         """
         prefix = self._prefix
         if prefix is None or not (prefix.sequences or prefix.bypassed):

@@ -48,10 +48,10 @@ class SaveDelta(EditCallback):
     time, and keeps only the tensors that have changed. Without ``ParameterScope``, ``SaveDelta`` also keeps a copy of
     the original value of every trainable parameter in memory.
 
-    If the run trains a quantized weight (8 bit or less), an error is raised before training, because the delta could
-    not be applied to the checkpoint of the base model. If a persistent buffer, such as the running mean of
-    ``BatchNorm``, changes during the run, a warning is issued. The file does not contain the buffer, so the base model
-    with the delta differs from the trained model.
+    If the run trains a quantized weight (8 bit or less), an error is raised before training, because the file could not
+    be applied to the checkpoint of the base model. If a persistent buffer, such as the running mean of ``BatchNorm``,
+    changes during the run, a warning is issued. The file does not contain the buffer. If the file is applied to the
+    base model, the result therefore differs from the trained model.
 
     The file also contains the scores that ``EditMetrics`` measured on the saved weights. With ``at="end"``, these are
     the scores after training. With ``at="best"``, these are the scores of the best step, measured on the sample of

@@ -42,8 +42,8 @@ class SecondOrderLocality(PolyakStep):
     ``step_size`` times the loss (Polyak's step size, with running averages of loss and gradient). A step is never
     longer than a tenth of the norm of the weights in scope. A learning rate schedule has no effect.
 
-    Other callbacks act as usual: a penalty (``KLLocality``) is part of the gradient, and constraints (``NormBall``,
-    ``NullSpace``, ``GradientMask``) are applied after the step.
+    Other callbacks act as usual. A penalty such as ``KLLocality`` is part of the gradient. Constraints such as
+    ``NormBall``, ``NullSpace`` and ``GradientMask`` are applied after the step.
 
     Args:
         texts: a source of texts on which predictions should stay the same, or a :class:`Texts`. The gradients for S are

@@ -12,7 +12,7 @@ from kedit_train.core.run import EditRun
 from kedit_train.errors import EditError
 
 _PROBABILITY = "edit/reliability_smallest_token_probability"
-# KLLocality measures the first metric on its texts, EditMetrics the second metric on the locality prompts.
+# KLLocality measures the first metric on its texts. EditMetrics measures the second metric on the locality prompts.
 _KL = ("edit/locality/kl", "edit/locality_kl")
 _STEPS = Rule('an integer >= 1 or "epoch"', lambda value: value == "epoch" or integer_from(1).holds(value))
 

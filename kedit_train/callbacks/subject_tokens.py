@@ -57,9 +57,11 @@ class SubjectTokens(EditCallback):
         edits: the edits that are trained (a path, a list of ``Edit`` or an ``EditDataset``). None uses the edits of
             ``EditMetrics``, ``EditDataModule``, ``EditSFTTrainer`` or ``editing(edits=)``.
 
-    Logs ``edit/scope/subject_examples`` (the fraction of training examples in which a subject was found) and
-    ``edit/scope/subject_share`` (the fraction of the tokens of the training examples, without padding, that contribute
-    to the gradients of the weights). In an example without a subject, all tokens contribute.
+    Two metrics are logged:
+
+    - ``edit/scope/subject_examples``: the fraction of training examples in which a subject was found.
+    - ``edit/scope/subject_share``: the fraction of the tokens, without padding, that contribute to the gradients of the
+      weights. In an example without a subject, all tokens contribute.
 
     Raises:
         EditError: the edits of the run are unknown; the scope contains parameters other than weights of ``nn.Linear``,
@@ -162,7 +164,7 @@ class SubjectTokens(EditCallback):
             warn(
                 "a training example begins with a subject of only one token. Most models store nothing about a subject "
                 "at the first position, so this example is trained at all tokens of its prompt instead of at the "
-                "subject, and more of the other answers may change; reword the prompt so that its subject comes later."
+                "subject. More of the other answers may change; reword the prompt so that its subject comes later."
             )
         if positions and not self._warned and positions.rows >= _EXAMPLES and not positions.found:
             self._warned = True
@@ -199,8 +201,8 @@ class SubjectTokens(EditCallback):
         if not isinstance(ids, Tensor) or ids.ndim != 2:
             with reported_by("SubjectTokens"):
                 raise EditError(
-                    "the model must receive input_ids [rows, length] to find the subjects, got no token ids (for "
-                    "example inputs_embeds); remove SubjectTokens."
+                    "the model must receive input_ids [rows, length], because the subjects are found in the token ids, "
+                    "got other inputs (for example inputs_embeds); pass input_ids, or remove SubjectTokens."
                 )
         self._chosen = positions.find(ids, real_tokens(mask, ids))
 

@@ -32,10 +32,12 @@ from kedit_train.functional.dual_keys import distinctness, dual_keys
 from kedit_train.functional.precision import full_precision, wide
 from kedit_train.paths import SAFETENSORS_PATH
 
-# Added to the divisor of the gradient of each value, as a fraction of the mean divisor. Without it, the values of edits
-# that are not in the batch, whose gradients are nearly 0, would move as far as the others in the first steps.
+# This fraction of the mean divisor is added to the divisor of each value's gradient. An edit that is not in the batch
+# has a gradient of nearly 0. Without this addition, the value of such an edit would move as far as the other values in
+# the first steps.
 _FLOOR = 0.3
-# The product of a dual key with its own key is 1, but two equal keys share one dual key, and the product is 0.5.
+# A key counts as shared by several edits if its inner product with its dual key is below this value. The inner product
+# is 1 for a distinct key. Two equal keys have the same dual key, and the inner product is 0.5.
 _SHARED = 0.75
 
 
@@ -43,8 +45,8 @@ class SubjectValues(PolyakStep):
     """Replace each optimizer step by a step that changes the layers' outputs mainly at the subjects of the edits.
 
     In the prompt "The mother tongue of Danielle Darrieux is", the subject is "Danielle Darrieux". A pretrained language
-    model looks up what it knows about her at the last token of the subject. The input of a layer at this token is the
-    *key* of the edit, and the change of the layer's output for this key is the *value* of the edit. This callback
+    model looks up what it knows about a subject at the last token of the subject. The input of a layer at this token is
+    the *key* of the edit, and the change of the layer's output for this key is the *value* of the edit. This callback
     trains only the values: one vector per edit and layer. The weight changes by ``sum_i v_i a_iᵀ``, where v_i is the
     value of edit i, and a_i is its dual key (:func:`~kedit_train.functional.dual_keys.dual_keys`). The dual keys are
     computed once, before the first step. The inner product of a_i with the key of edit i is 1. Its inner products with
@@ -57,13 +59,13 @@ class SubjectValues(PolyakStep):
 
     After each optimizer step, the change that the optimizer made is discarded. Instead, each value takes a step against
     its gradient. The unit of a value is chosen so that a value of norm 1 changes the outputs on ``texts`` equally for
-    every edit and layer. So an edit is mostly learned in those layers in which its key differs most from the texts. The
-    gradient is divided by its root mean square over all steps (one number per edit and layer), so the values of edits
-    that are already learned change little. The length of the step follows from the loss, as in
+    every edit and layer. So an edit is mostly learned in those layers in which its key differs most from the layer's
+    inputs on ``texts``. For each edit and layer, the gradient is divided by its root mean square over all steps. So the
+    values of edits that are already learned change little. The length of the step follows from the loss, as in
     :class:`PolyakStep`, so no learning rate is needed.
 
-    Other callbacks act as usual: a penalty (``KLLocality``) is part of the gradient, and constraints (``NullSpace``,
-    ``NormBall``, ``GradientMask``) are applied after the step.
+    Other callbacks act as usual. A penalty such as ``KLLocality`` is part of the gradient. Constraints such as
+    ``NullSpace``, ``NormBall`` and ``GradientMask`` are applied after the step.
 
     Use this callback only with a pretrained language model, and train layers in the first third of the network, such as
     ``ParameterScope("0.14-0.29")``. MEMIT and AlphaEdit change layers at the same depth. The small bundled model does
@@ -71,26 +73,27 @@ class SubjectValues(PolyakStep):
 
     Args:
         texts: a source of texts on which predictions should stay the same, or a :class:`Texts`. The second moments of
-            the layers' inputs are computed on them.
+            the layers' inputs are computed on these texts.
         edits: the edits that are trained (a path, a list of ``Edit`` or an ``EditDataset``). None uses the edits of
             ``EditMetrics``, ``EditDataModule``, ``EditSFTTrainer`` or ``editing(edits=)``. If an edit has
             no subject, its key is the input at the token of its prompt that differs most from the texts. If the input
             at the subject hardly depends on the subject (an attention sink), a later token is chosen in the same way.
         step_size: how much each step should reduce the training loss, as a fraction of the loss, in (0, 1]. The
             reduction is predicted from the gradient. Default 0.15.
-        damping: added to the diagonal of the second moment, after the second moment was divided by the median of its
+        damping: added to the diagonal of each second moment, after the second moment was divided by the median of its
             diagonal. A higher damping lets the outputs on ``texts`` change more. Default 1e-2.
         sequential: whether consecutive runs of this callback object on one model preserve the edits of earlier runs.
-            The dual keys then also have the product 0 with the keys of earlier edits, except for those whose prompt is
-            edited again. Only the first run reads the texts.
-        factors_path: a ``.safetensors`` file for the second moments. If the file exists, they are read from it. If not,
-            they are computed and written to it. A file is valid only for the weights and texts from which it was
-            computed. A file of ``NullSpace`` can also be used.
+            The dual keys then also have the inner product 0 with the keys of earlier edits, except for earlier edits
+            whose prompt is edited again. Only the first run reads the texts.
+        factors_path: a ``.safetensors`` file for the second moments. If the file exists, the second moments are read
+            from it. If not, the second moments are computed and written to it. A file is valid only for the weights and
+            texts from which it was computed. A file of ``NullSpace`` can also be used.
         limit: maximum number of texts to read. None (default) reads all texts.
         batch_size: number of sequences per forward pass when the keys and the second moments are computed. Default 8.
 
-    Logs ``edit/drift/subject_change`` (at the subjects of the edits) and ``edit/drift/text_change`` (on ``texts``): the
-    root mean square change of the layers' outputs, divided by the root mean square of the outputs before the edit.
+    Two metrics are logged, ``edit/drift/subject_change`` and ``edit/drift/text_change``. Both are the root mean square
+    change of the layers' outputs, divided by the root mean square of the outputs before the edit. The first metric is
+    measured at the subjects of the edits, and the second metric on ``texts``.
 
     Raises:
         EditError: an argument is invalid; the edits of the run are unknown; no callback computes the loss (add
@@ -198,7 +201,8 @@ class SubjectValues(PolyakStep):
             self._moments.read(run, self._layers)
         self._model = weakref.ref(run.model)
         tokenizer = run.tokenizer(self.texts.tokenizer)
-        # In a sequence, the checkpoint contains the dual keys, because a new process has another model before the edit.
+        # With sequential, the checkpoint contains the dual keys, because the weights before the first run are not known
+        # in a new process.
         source = self._prompts if self.sequential else (*self._moments.chosen, *self._prompts)
         self._source_hash = hash_sequences([list(text.encode()) for text in source])
         self._keys = subject_keys(
@@ -293,12 +297,12 @@ class SubjectValues(PolyakStep):
     def _compute_duals(self) -> None:
         products = {}
         for name, keys in self._keys.items():
-            # Each dual key has the product 0 with the keys of earlier edits, too.
+            # Each dual key has the inner product 0 with the keys of earlier edits, too.
             rows = torch.stack([*keys, *(earlier[name] for earlier in self._earlier.values())])
             with naming_weight(name):
                 duals, changes = dual_keys(rows, self._moments.damped(self.run, name))
             products[name] = (duals * rows).sum(dim=1)[: len(keys)]
-            # A step of the same length then changes the outputs on the texts equally, whatever the edit and the layer.
+            # With this scale, steps of equal length change the outputs on the texts equally, for every edit and layer.
             own = (duals / changes[:, None])[: len(keys)]
             # Every process must take the same step, but the last bits of a solution may differ between processes.
             (self._duals[name],) = broadcast_from_first([own])
@@ -306,10 +310,10 @@ class SubjectValues(PolyakStep):
         if count := int(shared.sum()):
             first = self._prompts[int(shared.nonzero()[0])]
             warn(
-                f"{count} of {len(self._prompts)} edits (the first: {shorten(first)!r}) have nearly the same keys as "
-                "other edits, so they are not learned independently. Either they have the same subject and begin "
-                "alike, or there are too many edits for these layers; train such edits with another callback, for "
-                "example PolyakStep."
+                f"{count} of {len(self._prompts)} edits (the first: {shorten(first)!r}) have nearly the same keys "
+                "(layer inputs at the subject) as other edits, so these edits are not learned independently. Either "
+                "their prompts have the same subject and begin alike, or there are too many edits for these layers; "
+                "train such edits with another callback, for example PolyakStep."
             )
 
     def __repr__(self) -> str:

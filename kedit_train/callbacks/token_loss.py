@@ -42,7 +42,7 @@ class TokenLoss(EditCallback):
     ``reduction="sample"``, the loss is averaged over the tokens of each edit and then over the edits, as in FT-M and
     LocFT.
 
-    With a clip (``epsilon > 0``), a learned token (a token with a loss of at most ``epsilon``) does not contribute to
+    If ``epsilon`` is above 0, a token with a loss of at most ``epsilon`` counts as learned, and does not contribute to
     the gradient. If all tokens of an optimizer step are learned, the step is skipped: the weights and the optimizer
     state do not change. If the run has a penalty such as ``KLLocality``, no step is skipped.
 

@@ -197,7 +197,7 @@ class WeightAnchor(EditCallback):
             return weights
         pulled = dict(weights)
         self._anchors.register(weights, reference)
-        # A weight without a gradient, or a weight of another optimizer, has not moved and has no rate here.
+        # A weight without a gradient, or a weight of another optimizer, has not moved and has no learning rate here.
         for name, rate in self._run.steps.learning_rates.items():
             if rate is None:
                 raise EditError(

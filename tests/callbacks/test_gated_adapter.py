@@ -195,9 +195,9 @@ def test_held_texts_with_an_edited_prompt_are_left_out_or_open_the_gate_where_th
     # The run scores other edits, so it does not know that the texts contain the prompts that are trained.
     metrics = [EditMetrics(world.edits(8)[6:], every_n_steps=0, show=False)] if others else []
     message = (
-        r"2 of 6 held texts \(texts on which the adapter must not act\) begin with an edited prompt, so"
+        r"2 of 6 texts on which the adapter must not act begin with an edited prompt, so"
         if others
-        else "3 of 6 texts contain an evaluation prompt .* left out, because the adapter must act there"
+        else "3 of 6 texts contain an evaluation prompt .* left out, because the adapter must act on such prompts"
     )
     with pytest.warns(UserWarning, match=f"^GatedAdapter: {message}"):
         train(adapted(model), tokenizer, edits, [gated, *metrics], 1)

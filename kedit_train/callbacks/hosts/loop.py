@@ -187,7 +187,7 @@ class Editing:
         """
         run = self.run
         if run.closed or not run.has_started:
-            when = "is over" if run.closed else "begins with the first edit.before_step()"
+            when = "is over" if run.closed else "has not begun (it begins with the first edit.before_step())"
             raise EditError(f"this edit {when}, so it has no state now; call edit.state_dict() between two steps.")
         return run.state()
 

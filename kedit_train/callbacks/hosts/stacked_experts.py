@@ -31,13 +31,14 @@ def load_stacked_experts(run: Any, folder: str | Path) -> None:
     """
     folder = Path(folder)
     stacks = {name for name, parameter in run.scope.items() if is_stack(name, parameter.shape)}
-    # Adapters and shards of FSDP are stored in other files, under the names of the model.
+    # Adapters and shards of FSDP are stored in other files, under the parameter names of the model.
     if not stacks or not ((folder / SINGLE).is_file() or (folder / INDEX).is_file()):
         return
     stored = {name for spans in shards_of(folder).values() for name in spans}
     if stacks <= stored:
         return
-    # In fp32, because the scope may have been trained in fp32 although the configuration names another dtype.
+    # The checkpoint is loaded in fp32, because the scope may have been trained in fp32 although the configuration names
+    # another dtype.
     saved = dict(type(run.language_model).from_pretrained(folder, dtype=torch.float32).named_parameters())
     for name, parameter in run.scope.items():
         parameter.copy_(saved[name])

@@ -14,8 +14,8 @@ def check_teacher_vocabulary(trainer: Any) -> None:
 
     A distillation loss compares the probabilities that the two models give to each token id. Therefore each id must
     stand for the same token in both models. This function first compares the sizes of the two vocabularies, then the
-    tokenizers of the teacher and the trainer. If this computer has no tokenizer of the teacher, only the sizes are
-    compared.
+    tokenizers of the teacher and the trainer. If the teacher's tokenizer is not stored on this computer, only the sizes
+    are compared.
 
     Args:
         trainer: any trainer. Only trainers of TRL with a ``teacher_model`` are checked. Other trainers may have a loss

@@ -1,4 +1,4 @@
-"""What a run needs from a ``transformers.Trainer`` or a trainer of TRL."""
+"""TransformersHost: connect the run of an edit to a ``transformers.Trainer`` or a trainer of TRL."""
 
 from __future__ import annotations
 
@@ -113,9 +113,9 @@ class TransformersHost(Host):
         # The trainer would silently begin with a new optimizer.
         if missing and not self.args.save_only_model:
             raise EditError(
-                f"{folder} is incomplete: {missing[0]}.* is missing, because a process was killed, or because this "
-                "checkpoint was written with save_only_model=True; resume from another checkpoint, or set "
-                "save_only_model=True in the training arguments, to continue with a new optimizer."
+                f"{folder} is incomplete: {missing[0]}.* is missing, because the process that wrote this checkpoint "
+                "was killed or had save_only_model=True; resume from another checkpoint, or, to continue with a new "
+                "optimizer, set save_only_model=True in the training arguments."
             )
         lost = [f"{part} state ({part}.*)" for part in missing]
         random_state = f"rng_state_{self.args.process_index}.pth" if self.args.world_size > 1 else "rng_state.pth"
