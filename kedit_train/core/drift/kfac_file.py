@@ -18,7 +18,7 @@ from kedit_train.errors import EditError
 from kedit_train.safetensors_file import load_tensors, save_tensors
 
 _KIND = "kedit_train.kfac_factors"
-# If the first token of every text was left out, the fingerprint of the weights ends with this text.
+# If the factors leave out the first token of every text, the stored fingerprint of the model ends with this string.
 WITHOUT_FIRST = " without first tokens"
 _RETRY = "delete the file to compute the factors again"
 
