@@ -43,11 +43,10 @@ def subject_keys(
 
     This token is the last token of the subject, with two exceptions:
 
-    - If the edit has no subject, or if the subject is only the first token of the prompt, the token with the most
-      distinct input in the prompt is used.
-    - If the input at the subject is not distinct, the token with the most distinct input after the subject is used.
-      This happens for short subjects at the start of a text, because their hidden states hardly depend on the token
-      (an attention sink).
+    - If the edit has no subject, or if the subject is only the first token of the prompt, the most distinct token of
+      the prompt is used. The first token is ignored in this choice.
+    - If the input at the subject is not distinct, the most distinct token after the subject is used. This happens for
+      short subjects at the start of a text, because their hidden states hardly depend on the token (an attention sink).
 
     The prompts have the format of the training examples. Every process of a distributed run computes all keys.
 

@@ -226,8 +226,7 @@ class Gate:
         if output.shape[:-1] != is_open.shape:
             raise EditError(
                 f"the output of {type(layer).__name__} has the shape {list(output.shape)}, but a gate needs outputs of "
-                f"the shape [rows, positions, features] with {list(is_open.shape)} rows and positions; choose other "
-                "target_modules."
+                "the shape [rows, positions, features]; choose other target_modules."
             )
         return torch.where(is_open.to(output.device)[..., None], output, base)
 
