@@ -92,7 +92,7 @@ def test_an_adapter_whose_base_is_an_adapter_is_refused(tmp_path):
         folder.mkdir(exist_ok=True)
         changed = {**config, "base_model_name_or_path": str(tmp_path / "gated")}
         (folder / "adapter_config.json").write_text(json.dumps(changed))
-        with pytest.raises(EditError, match="as the base model, which is an adapter; set base_model_name") as error:
+        with pytest.raises(EditError, match="is itself an adapter; set base_model_name") as error:
             load_model(str(folder))
         assert "\n" not in str(error.value)
 

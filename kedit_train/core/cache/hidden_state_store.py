@@ -30,7 +30,7 @@ def parse_bytes(size: int | str, component: str | None = None) -> int:
 
     Args:
         size: an integer, or a string such as "500MB" (1 MB is 10^6 bytes) or "1.5GiB" (1 GiB is 2^30 bytes).
-        component: the class that the error names.
+        component: name of the class that the error message begins with. None omits the name.
 
     Raises:
         EditError: ``size`` cannot be parsed or is not above 0.
@@ -89,7 +89,7 @@ class HiddenStateStore:
             if key in self:
                 continue
             if self.memory_bytes + size <= self.memory_limit:
-                # A view would keep the hidden states of the whole batch alive.
+                # The tensor is copied, because a view would keep the hidden states of the whole batch in memory.
                 self._in_memory[key] = hidden.to("cpu", copy=True)
                 self.memory_bytes += size
             else:
@@ -124,7 +124,10 @@ class HiddenStateStore:
     close = clear
 
     def _touch(self) -> None:
-        """Update the directory's modification time. Other hosts remove a directory that is older than a day."""
+        """Update the modification time of the directory.
+
+        Other hosts remove a directory that has not changed for a day.
+        """
         if self._directory is not None and time.time() - self._touched > _HOUR:
             self._touched = time.time()
             os.utime(self._directory)

@@ -86,7 +86,7 @@ class FrozenPrefix:
         # Seconds that the frozen layers ran, and the number of tokens that they processed.
         self._seconds_and_tokens = [0.0, 0]
         self._call: _Call | None = None
-        # A stack, because a loss head may call the model again within a call of the model.
+        # The labels are kept in a stack, because a loss head may call the model again within a call of the model.
         self._labels: list[Tensor | None] = []
         self._inert = self._checking = self._outdated = False
         self._served_since_recheck = 0
@@ -247,7 +247,7 @@ class FrozenPrefix:
             if states[span].shape[0] == 0:
                 continue
             now, before = states[span].float(), stored.float()
-            # The median over tokens: rounding may send single tokens of a mixture of experts to another expert.
+            # The median is used, because rounding may send single tokens of a mixture of experts to another expert.
             difference = ((now - before).norm(dim=-1) / before.norm(dim=-1).clamp(min=1e-30)).median()
             if not float(difference) <= tolerance:
                 self._outdated = True
@@ -269,7 +269,7 @@ class FrozenPrefix:
     def _leave_backbone(self, module: nn.Module, args: Any, output: Any) -> None:
         self._call = None
         if self._replaced_forwards:
-            # The keys and values of the skipped layers are missing.
+            # The skipped layers have added no keys and values, so the key-value cache is incomplete.
             remove_cache(output)
         while self._replaced_forwards:
             layer, own = self._replaced_forwards.pop()
@@ -279,7 +279,7 @@ class FrozenPrefix:
 
     def _skip_layers(self, hidden: Tensor) -> None:
         def skip(index: int, received: Tensor, *_: Any, **__: Any) -> Tensor | tuple[Tensor]:
-            # If the embeddings require a gradient, reentrant checkpointing needs an input that requires one as well.
+            # If the embeddings require a gradient, reentrant checkpointing needs an input that requires a gradient.
             first = hidden.requires_grad_() if received.requires_grad else hidden
             states = received if index else first
             return (states,) if self.prefix.tuples[index] else states

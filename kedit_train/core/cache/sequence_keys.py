@@ -148,9 +148,9 @@ class SequenceBatch:
     def without_padding(self, hidden: Tensor) -> Tensor:
         """Return the hidden states of a batch with zeros at padding.
 
-        Batches from the cache also have zeros at padding. A mixture of experts needs the same values there, because its
-        router also assigns padding to experts. The number of rows that an expert receives can change the last bits of
-        its results.
+        Batches from the cache also have zeros at padding. A mixture of experts needs the same values at padding in both
+        cases, because its router also assigns padding to experts. The number of tokens that an expert receives can
+        change the last bits of its results.
         """
         padding = torch.ones(hidden.shape[:2], dtype=torch.bool)
         for row, span in zip(padding, self.spans, strict=True):
@@ -210,8 +210,8 @@ def read_sequences(
     ]
     if unsupported:
         return f"the model was called with {unsupported[0]}, which needs every layer or may change the hidden states"
-    # If position_ids are not given, the model may or may not count padding on the left, so the sequence gets another
-    # key.
+    # If position_ids are not given, the model may count padding on the left when it computes the positions. The key
+    # therefore also depends on whether position_ids are given.
     mode += b"counted" if positions is None else b"given"
     bounds = zip(first_columns.tolist(), lengths.tolist(), strict=True)
     spans = [slice(column, column + length) for column, length in bounds]

@@ -24,8 +24,8 @@ class DampedMoments:
 
     Args:
         texts: the texts.
-        damping: see :class:`~kedit_train.functional.dual_keys.DampedMoment`.
-        path: a ``.safetensors`` file of the moments. It is read if it exists, and written otherwise.
+        damping: strength of the damping, above 0 (see :class:`~kedit_train.functional.dual_keys.DampedMoment`).
+        path: a ``.safetensors`` file of the moments. It is read if it exists, and written otherwise. None uses no file.
         limit: maximum number of texts. None reads all texts.
         batch_size: number of sequences per forward pass.
 
@@ -50,7 +50,7 @@ class DampedMoments:
         self._moments, self._damped = self._measure(run, layers, source, self._path), {}
 
     def continue_with(self, run: EditRun, layers: Mapping[str, LinearLayer]) -> None:
-        """In a later run, remove the texts that contain prompts of its edits.
+        """Start a later run: remove the texts that contain prompts of this run's edits from the moments.
 
         Raises:
             EditError: the layers are not those of the first run.
@@ -65,11 +65,11 @@ class DampedMoments:
             self._damped = {}
 
     def mean(self, name: str) -> Tensor:
-        """Return the second moment of the inputs of a layer per token, [d_in, d_in]."""
+        """Return the second moment of the inputs of a layer, averaged over the tokens of the texts, [d_in, d_in]."""
         return self._moments[name].mean
 
     def damped(self, run: EditRun, name: str) -> DampedMoment:
-        """Return the factorized second moment of a layer. It is computed only once."""
+        """Return the damped and factorized second moment of a layer. The factorization is computed once and kept."""
         if name not in self._damped:
             moment = self.mean(name).to(run.scope[name].device)
             with naming_weight(name):

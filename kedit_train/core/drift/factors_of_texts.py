@@ -1,4 +1,4 @@
-"""Compute the K-FAC factors of a model on texts, or read the factors from a file. Several callbacks need them."""
+"""Compute the K-FAC factors of a model on texts, or read the factors from a file. Several callbacks use this module."""
 
 from __future__ import annotations
 

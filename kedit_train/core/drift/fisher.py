@@ -16,7 +16,7 @@ from kedit_train.data.tokenization import Encoded
 from kedit_train.errors import EditError
 from kedit_train.functional.precision import wide
 
-# (logits [T, V], token ids of the text [T]) -> labels [T]
+# A function that receives logits [T, V] and the token ids of the text [T], and returns labels [T].
 LabelRule = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -25,7 +25,7 @@ def mean_gradient(run: EditRun, examples: Sequence[Encoded]) -> dict[str, Tensor
 
     Args:
         run: the current run. The gradient is computed for the parameters in its scope.
-        examples: tokenized edits; only their target tokens are scored.
+        examples: tokenized edits. The cross-entropy is computed only for their target tokens.
 
     Returns:
         name -> gradient in the shape of the parameter, in fp32 (fp64 for fp64 parameters). With FSDP2, it is sharded in
@@ -35,20 +35,21 @@ def mean_gradient(run: EditRun, examples: Sequence[Encoded]) -> dict[str, Tensor
 
 
 def diagonal_fisher(run: EditRun, examples: Sequence[Encoded], *, seed: int = 0) -> dict[str, Tensor]:
-    """Compute the diagonal of the Fisher information matrix, averaged over the scored tokens.
+    """Compute the diagonal of the Fisher information matrix, averaged over the target tokens of the examples.
 
-    ``F_i = E_c E_{y ~ p(.|c)} (d log p(y|c) / d w_i)^2``, where c is the text before a scored token. The label y is
-    sampled from the model. With the tokens of the text as labels, the result would be the "empirical" Fisher, which is
-    a different quantity (arXiv 1905.12558).
+    ``F_i = E_c E_{y ~ p(.|c)} (d log p(y|c) / d w_i)^2``, where c is the text before a target token. The label y is
+    sampled from the model. If the tokens of the text were the labels, the result would be the "empirical" Fisher
+    information, which is a different quantity (arXiv 1905.12558).
 
-    One backward pass per example computes the sum of the gradients of all its scored tokens. The function squares this
-    sum, adds up the squares of all examples, and divides the total by the number of scored tokens. The result is an
-    unbiased estimate: the labels are sampled independently and each token's gradient has mean zero, so products of
-    the gradients of two tokens have mean zero.
+    One backward pass per example computes the sum of the gradients of all its target tokens. The function squares this
+    sum, adds up the squares of all examples, and divides the total by the number of target tokens. The result is an
+    unbiased estimate, because the labels are sampled independently and the gradient of each token has mean zero.
+    Therefore, products of the gradients of two tokens also have mean zero.
 
     Args:
         run: the current run. The information is computed for the parameters in its scope.
-        examples: tokenized texts; labels are sampled at the positions of ``input_ids[target_start:]``.
+        examples: tokenized texts. The target tokens are ``input_ids[target_start:]``. At their positions, labels are
+            sampled.
         seed: seed of the sampled labels.
 
     Returns:
@@ -73,7 +74,7 @@ def diagonal_fisher(run: EditRun, examples: Sequence[Encoded], *, seed: int = 0)
 
 
 def next_token_examples(sequences: Sequence[Sequence[int]]) -> list[Encoded]:
-    """Convert sequences to examples for :func:`diagonal_fisher`. Every token except the first is scored.
+    """Convert sequences to examples for :func:`diagonal_fisher`. Every token except the first is a target token.
 
     Raises:
         EditError: every sequence has fewer than two tokens.
@@ -88,7 +89,7 @@ def next_token_examples(sequences: Sequence[Sequence[int]]) -> list[Encoded]:
 def _mean_over_tokens(
     run: EditRun, examples: Sequence[Encoded], label: LabelRule, transform: Callable[[Tensor], Tensor]
 ) -> dict[str, Tensor]:
-    """Sum ``transform(gradient)`` over the examples, and divide the sum by the number of scored tokens."""
+    """Sum ``transform(gradient)`` over the examples, and divide the sum by the number of target tokens."""
     head = run.head()
     # Every process reads all examples, so its gradients are complete without a reduction over the processes.
     gathered = gathered_parameters(run.root, run.scope)
@@ -111,7 +112,7 @@ def _mean_over_tokens(
             with torch.no_grad():
                 labels = label(logits, ids[0, example.target_start :].to(logits.device))
             loss = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
-            # backward() would write .grad and trigger everything that hooks into it (DDP's reduction, masks).
+            # backward() would write .grad, and run all hooks on the gradients (for example of DDP or of masks).
             # A parameter that the example does not use has no gradient, for example an expert that receives no token.
             gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
             for total, gradient in zip(totals, gradients, strict=True):

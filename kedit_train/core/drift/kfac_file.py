@@ -18,7 +18,7 @@ from kedit_train.errors import EditError
 from kedit_train.safetensors_file import load_tensors, save_tensors
 
 _KIND = "kedit_train.kfac_factors"
-# If the first token of every text was left out, the fingerprint of the weights ends with this text.
+# If the factors leave out the first token of every text, the stored fingerprint of the model ends with this string.
 WITHOUT_FIRST = " without first tokens"
 _RETRY = "delete the file to compute the factors again"
 
@@ -89,8 +89,8 @@ def load_factors(
             how = "by another callback, which handles the first tokens of texts differently"
         elif subject == "texts":
             how = (
-                "with other texts, another limit or another seed than those of this run (texts that contain a prompt "
-                "of the edits are left out, so other edits can also be the reason)"
+                "with other texts, another limit or another seed than those of this run, or with other edits, because "
+                "texts that contain a prompt of the edits are left out"
             )
         else:
             how = f"with other {subject} than those of this run"

@@ -106,8 +106,8 @@ def input_moments(
     batch: Batch
     calls: list[nn.Module] = []
     every = {module for _, module in modules}
-    # Models that read no text may call a module several times, depending on the input. Hooks of a sharded model gather
-    # and free the weights, so its forward passes must not be interrupted.
+    # In two cases, no forward pass may be interrupted. A model that reads no text may call a module several times,
+    # depending on the input. In a sharded model, hooks must free the weights that other hooks have gathered.
     complete = not skip_head or any(isinstance(module, FSDPModule) for module in run.root.modules())
     once = False
 

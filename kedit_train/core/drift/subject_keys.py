@@ -24,8 +24,9 @@ from kedit_train.edit import Edit
 from kedit_train.errors import EditError, warn
 from kedit_train.functional.precision import wide
 
-# If the input at the subject is less distinct than this, a later token is used. The mean over the tokens of the texts
-# is at most 1. On SmolLM2 (2026-11-28), it is 0.01 at an attention sink, and 10 to 100 for most subjects.
+# If the distinctness of the input at the subject is below this threshold, a later token is used. The distinctness is at
+# most 1 on average over the tokens of the texts. Measured on SmolLM2 (2026-11-28), it is 0.01 at an attention sink, and
+# between 10 and 100 at most subjects.
 _DISTINCT = 0.1
 
 
@@ -38,12 +39,14 @@ def subject_keys(
     distinctness: Callable[[str, Tensor], Tensor],
     batch_size: int,
 ) -> dict[str, Tensor]:
-    """Run the unedited model on the prompts, and return one input per edit and layer.
+    """Run the unedited model on the prompts, and return the input of each layer at one token per edit.
 
-    It is the input at the last token of the subject. There are two exceptions. If the edit has no subject, or if its
-    subject is only the first token, it is the input at the most distinct token of the prompt. If the input at the
-    subject is not distinct, it is the input at the most distinct token after it. This happens for short subjects at the
-    start of a text: their hidden states hardly depend on the token (an attention sink).
+    This token is the last token of the subject, with two exceptions:
+
+    - If the edit has no subject, or if the subject is only the first token of the prompt, the most distinct token of
+      the prompt is used. The first token is ignored in this choice.
+    - If the input at the subject is not distinct, the most distinct token after the subject is used. This happens for
+      short subjects at the start of a text, because their hidden states hardly depend on the token (an attention sink).
 
     The prompts have the format of the training examples. Every process of a distributed run computes all keys.
 
@@ -52,9 +55,10 @@ def subject_keys(
         layers: name -> linear layer.
         edits: n edits.
         tokenizer: the tokenizer of the model.
-        distinctness: a function of the name of a layer and of inputs [t, d_in]. It returns how distinct each input is,
-            [t] (see :func:`~kedit_train.functional.dual_keys.distinctness`). The token is chosen by the geometric mean
-            over all layers.
+        distinctness: a function that receives the name of a layer and inputs [t, d_in]. It returns how much each input
+            differs from the inputs on other texts, [t] (see
+            :func:`~kedit_train.functional.dual_keys.distinctness`). The most distinct token is the token with the
+            largest geometric mean of these values over all layers.
         batch_size: number of prompts per forward pass.
 
     Returns:
@@ -114,8 +118,8 @@ def subject_keys(
         warn(
             f"in {len(moved)} of {len(edits)} prompts (the first: {shorten(moved[0])!r}), the subject is at the start "
             "of the text, where the hidden states hardly depend on the token (an attention sink). These edits are "
-            "trained at a later token, and more of the other answers can change; reword the prompts so that the "
-            "subject comes later."
+            "therefore trained at a later token, which can change more answers to other prompts; reword the prompts so "
+            "that the subject comes later."
         )
     return {
         name: torch.stack([own[at] for own, at in zip(keys, picked, strict=True)]) for name, keys in candidates.items()
@@ -123,7 +127,7 @@ def subject_keys(
 
 
 def _per_token(name: str, values: Tensor | None, shape: Sequence[int]) -> Tensor:
-    """Return the inputs of a layer as [rows, tokens, d_in], in fp32 or fp64."""
+    """Return the inputs of a layer as [prompts, tokens, d_in], in fp32 or fp64."""
     if values is None or values.shape[:-1].numel() != shape[0] * shape[1]:
         raise EditError(
             f"{name} must receive one vector per token of the prompts, got "

@@ -1,4 +1,4 @@
-"""Remove texts from second moments that were computed in an earlier run of a sequence."""
+"""Subtract the contribution of some texts from second moments that an earlier run has computed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ def moments_of_run(
         measure: a function that returns the second moments on the given texts.
 
     Returns:
-        The moments without these texts, and the texts that remain. If all texts remain, both are returned unchanged.
+        The moments without the subtracted texts, and the texts that remain. If all texts remain, then ``moments`` and
+        ``chosen`` are returned unchanged.
     """
     kept = remaining_texts(texts, chosen, run)
     left = set(kept)

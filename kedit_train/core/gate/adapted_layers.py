@@ -63,7 +63,10 @@ def find_adapted_layers(model: Any) -> AdaptedLayers:
         raise EditError(f'LoRA biases act on every input, so bias must be "none", got {config.bias!r}.')
     inner = model.get_base_model()
     if hasattr(inner, "get_base_model"):
-        raise EditError("the model has one adapter around another, but a gate needs one adapter; load the base model.")
+        raise EditError(
+            "the model has one adapter around another, but a gate needs one adapter; load the base model, and add one "
+            "adapter to it."
+        )
     found: dict[str, Any] = {}
     for name, module in inner.named_modules():
         if isinstance(module, AuxiliaryTrainingWrapper):

@@ -1,4 +1,4 @@
-"""Find the folder of a PEFT adapter on this machine or on the hub, and the name of its base model."""
+"""Find the folder of a PEFT adapter on this machine or on the Hugging Face Hub, and the name of its base model."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from kedit_train.world import is_world
 _CONFIG = "adapter_config.json"
 # The files of an adapter and of its tokenizer on the hub.
 _FILES = [_CONFIG, GATE_FILE, *WEIGHT_FILES, "*token*", "vocab*", "merges.txt", "*.model", "*.jinja"]
-# The end of an error message about a base model.
+# The end of each error message about the base model of an adapter: what to do instead of naming a base model.
 OTHER_WAY = "or merge the adapter with merge_and_unload() and give the folder of the merged model"
 
 
 def adapter_folder(name: str) -> Path | None:
     """Return the folder of a PEFT adapter, or None if there is no adapter with this name.
 
-    An adapter on the hub is downloaded, with its gate if it has one. Without a connection to the hub, the adapter is
-    read from the cache.
+    An adapter on the hub is downloaded, together with its gate if it has one. Without a connection to the hub, the
+    adapter is read from the download cache.
 
     Args:
         name: a folder, or a name on the Hugging Face Hub.
 
     Raises:
-        EditError: the adapter is in the cache, but it is not known whether it has a gate.
+        EditError: the adapter is in the download cache, but it is not known whether the adapter has a gate.
     """
     if (Path(name) / _CONFIG).is_file():
         return Path(name)
@@ -40,11 +40,11 @@ def adapter_folder(name: str) -> Path | None:
     try:
         folder = Path(snapshot_download(name, allow_patterns=_FILES))
     except (OSError, HFValidationError):
-        return None  # Loading the model reports the error.
+        return None  # The error is raised again when the model is loaded.
     if not has_gate(folder) and _on_hub(name, GATE_FILE, revision=folder.name) is None:
         raise EditError(
-            f"the adapter {name!r} is in the cache, but it is not known whether it has a gate; load it once with a "
-            f"connection to the hub, or give its folder ({folder})."
+            f"the adapter {name!r} is in the cache, but it is not known whether it has a gate, because there is no "
+            f"connection to the hub; load the adapter once with a connection, or give its folder ({folder})."
         )
     return folder
 
@@ -74,8 +74,8 @@ def adapted_base(name: str) -> str | None:
         raise EditError(f"{config} names no base model; set base_model_name_or_path in this file, {OTHER_WAY}.")
     if adapter_folder(str(base)) is not None:
         raise EditError(
-            f"{config} names {base} as the base model, which is an adapter; set base_model_name_or_path in this file "
-            "to the model without adapters."
+            f"{config} names {base} as the base model, but {base} is itself an adapter; set base_model_name_or_path in "
+            "this file to the model without adapters."
         )
     return str(base)
 
@@ -83,8 +83,8 @@ def adapted_base(name: str) -> str | None:
 def check_not_gated(model: Any) -> None:
     """Check that a model is not a gated adapter. Gated adapters cannot be trained again.
 
-    A gate compares hidden states with stored keys. The keys are valid only for the weights with which they were
-    computed.
+    A gate compares hidden states of the model with stored hidden states (keys). The keys are valid only for the weights
+    with which they were computed.
 
     Args:
         model: a model, a folder, or a name on the hub.

@@ -46,8 +46,8 @@ def check_scope(run: EditRun, adapted: AdaptedLayers) -> None:
 def check_no_randomness(run: EditRun, adapted: AdaptedLayers) -> None:
     """Check that the model computes the same hidden states in training and in evaluation mode.
 
-    This also finds dropout and noise that appear neither in the modules nor in the configuration, for example calls of
-    ``F.dropout``. A resumed run is not checked again, because it was checked when it began.
+    The check also finds dropout and noise that appear neither in the modules nor in the configuration, for example
+    calls of ``F.dropout``. A resumed run is not checked again, because it was checked when it began.
 
     Raises:
         EditError: the hidden states differ.

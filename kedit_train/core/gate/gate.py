@@ -1,6 +1,6 @@
 """Gate: switch a LoRA adapter on when a hidden state is near a stored key.
 
-In each row of a batch, the adapter acts from the first such position to the end of the row.
+In each row of a batch, the adapter acts from the first position with such a hidden state to the end of the row.
 """
 
 from __future__ import annotations
@@ -215,8 +215,8 @@ class Gate:
             raise EditError(NO_NAMES)
         if is_open is None:
             raise EditError(
-                "a layer with a gated adapter was called outside of a forward pass of the model; if the model uses "
-                'gradient checkpointing, set gradient_checkpointing_kwargs={"use_reentrant": False}.'
+                "a layer with a gated adapter was called outside of a forward pass of the model; call the whole model, "
+                'or with gradient checkpointing, set gradient_checkpointing_kwargs={"use_reentrant": False}.'
             )
         if base is None:
             raise EditError(
@@ -226,7 +226,7 @@ class Gate:
         if output.shape[:-1] != is_open.shape:
             raise EditError(
                 f"the output of {type(layer).__name__} has the shape {list(output.shape)}, but a gate needs outputs of "
-                "[rows, positions, features]; choose other target_modules."
+                "the shape [rows, positions, features]; choose other target_modules."
             )
         return torch.where(is_open.to(output.device)[..., None], output, base)
 

@@ -91,7 +91,7 @@ def add_open(cache: Any, is_open: Tensor) -> None:
 
 
 def _of_self_attention(cache: Any) -> Any:
-    # In transformers 4, GPTBigCode uses such a pair of caches, although it has no encoder.
+    # In transformers 4, GPTBigCode uses an EncoderDecoderCache, although the model has no encoder.
     return cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
 
 

@@ -19,11 +19,14 @@ from kedit_train.evaluation_mode import evaluation_mode
 GATE = "_kedit_gate"
 # The methods of the LoRA model that merge or remove the adapter.
 _MERGING = ("merge_adapter", "merge_and_unload", "unload")
-# The method of both models that removes an adapter by its name.
+# The method of the PeftModel and of the LoRA model that removes an adapter by its name.
 _DELETE = "delete_adapter"
-# The method of the LoRA model in which PEFT adds the hooks that adapter_names= needs.
+# The method of the LoRA model that adds the hooks for the argument adapter_names= of a forward call.
 _NAMES = "_enable_peft_forward_hooks"
-NO_NAMES = "adapter_names= cannot be used with a gate, which selects the rows itself; leave it out."
+NO_NAMES = (
+    "adapter_names= cannot be used with a gate, because the gate decides in which rows the adapter acts; leave "
+    "adapter_names= out."
+)
 ALREADY_GATED = (
     "the model is already gated and cannot be edited again; load the base model and train all edits in one run."
 )
@@ -39,8 +42,8 @@ def find_gate(model: Any) -> Any:
 def check_not_gated_before(run: RunState) -> None:
     """Raise an error if a new run begins on a model that already has a gate.
 
-    The existing gate would switch the adapter off for some inputs, and these inputs would give it no gradient. A
-    resumed run is not checked, because it replaces the existing gate.
+    The existing gate would switch the adapter off for some inputs, and these inputs would give the adapter no gradient.
+    A resumed run is not checked, because it replaces the existing gate.
 
     Raises:
         EditError: the model has a gate.

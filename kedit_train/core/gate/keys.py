@@ -44,7 +44,7 @@ def encode_prompts_of(run: EditRun, edits: Sequence[Edit], tokenizer: Any) -> li
     for edit in edits:
         trained = encode_in_format(tokenizer, edit.prompt, edit.target, chosen, append_eos=False, max_length=length)
         found[tuple(trained.input_ids[: trained.target_start])] = None
-        # Both forms differ if the training example of a thinking model contains an empty block of thoughts.
+        # The two results differ if the training example of a thinking model contains an empty block of thoughts.
         found[tuple(prompt_ids(tokenizer, edit.prompt, chosen))] = None
     for ids in trained_prompts(run.host, tokenizer, edits):
         found[tuple(ids)] = None

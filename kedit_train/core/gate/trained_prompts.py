@@ -8,7 +8,7 @@ from typing import Any
 from kedit_train.data.tokenization import Encoded
 from kedit_train.edit import Edit
 
-# At most this number of training examples, and of edits, is searched.
+# The maximum number of training examples that are searched, and of edits whose prompts are searched for.
 _EXAMPLES = 10_000
 _EDITS = 1000
 # The columns that mark the tokens that are trained, in the order in which they are looked up.
@@ -22,11 +22,11 @@ def trained_prompts(host: Any, tokenizer: Any, edits: Sequence[Edit]) -> list[li
     therefore contains all token ids from the start of the example to a target (a sequence of trained tokens). If the
     example has several targets, the prompt must be between the previous target and this target.
 
-    Only tokenized examples that mark the trained tokens are read: rows with ``labels`` or a mask of TRL, and the
-    results of ``EditDataset.encode``.
+    Only tokenized examples that mark the trained tokens are read. These are dictionaries with ``labels``,
+    ``completion_mask`` or ``assistant_masks``, and the results of ``EditDataset.encode``.
 
     Args:
-        host: the host of the run. A plain loop has no dataset, so the result is empty.
+        host: the host of the run. A plain training loop has no dataset, so the result is empty.
         tokenizer: the tokenizer of the examples.
         edits: the edits.
     """
@@ -76,7 +76,7 @@ def _before_targets(example: Any) -> Iterator[tuple[list[int], int]]:
 
 
 def _trained(row: Mapping[str, Any], length: int) -> list[bool]:
-    """Return for each token of a row whether it is trained, or an empty list if the row has no valid mask or labels."""
+    """Return which tokens of an example are trained, or an empty list if it has no valid mask and no valid labels."""
     mask = next((row[name] for name in _MASKS if row.get(name) is not None), None)
     labels = row.get("labels")
     if mask is None and labels is not None:

@@ -10,12 +10,12 @@ from torch import Tensor
 # A divergence is measured on given texts (KLLocality), on the training batch itself (BatchAnchor), or on the outputs
 # for given inputs (OutputAnchor).
 Measured = Literal["texts", "batch", "outputs"]
-# A callback that adds such a penalty provides this name.
+# Every callback that adds such a penalty provides this name, so that other callbacks can require a penalty.
 CAPABILITY = "divergence_penalty"
 
 
 class DivergencePenalty:
-    """Contains the weight of a divergence penalty, and the divergence that was measured since the last step.
+    """Contains the weight of a divergence penalty, and the measured divergence since the last call of :meth:`take`.
 
     Two callbacks may share this object. The callback that adds the penalty reads ``weight`` in every step and passes
     its measurements to :meth:`observe`. A callback that adapts the weight sets ``adapted`` to True, reads the

@@ -84,7 +84,7 @@ def _parts(value: Any) -> Iterable[bytes | Tensor]:
         for inner in value:
             yield from _parts(inner)
     elif hasattr(value, "__array__"):
-        # The text of a large NumPy array leaves out most of its numbers.
+        # The repr() of a large NumPy array leaves out most of its numbers, so the array itself is hashed.
         yield from _parts(torch.as_tensor(value))
     else:
         yield f"\n{value!r}".encode()

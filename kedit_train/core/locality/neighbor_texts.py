@@ -50,7 +50,6 @@ def neighbor_texts(run: EditRun, texts: Texts, n: int) -> Texts | None:
     chosen = training_format(run, tokenizer, run.edits) or "plain"
     rendered = [render_prompt(tokenizer, prompt, chosen) for prompt in prompts]
     if chat_format(chosen) is not None:
-        # A rendered conversation already contains special tokens. To all other texts, the tokenizer adds special
-        # tokens.
+        # A rendered conversation already contains special tokens. The tokenizer adds special tokens to all other texts.
         rendered = [RenderedConversation(text, prompt) for text, prompt in zip(rendered, prompts, strict=True)]
     return replace(texts, source=rendered, nearest=None)

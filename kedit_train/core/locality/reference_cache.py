@@ -47,7 +47,7 @@ class ReferenceCache:
         dtype: dtype of the stored hidden states. None stores the hidden states without rounding, in the dtype in which
             the output head computes. A narrower dtype adds a rounding error. ``KLLocality`` then issues a warning that
             contains the divergence caused by this error. If ``KLLocality`` has a teacher, it stores probabilities of
-            the teacher instead of hidden states. None then means float32, and no warning is issued.
+            the teacher instead of hidden states. In this case, None means float32, and no warning is issued.
         memory_limit: maximum size of the hidden states in memory, in bytes or as a string such as "2GB". None sets no
             limit. If the limit is exceeded, ``KLLocality`` memory-maps its file, or raises an error if there is no
             ``cache_dir``. ``BatchAnchor`` writes all further hidden states to ``cache_dir``, or computes them again in

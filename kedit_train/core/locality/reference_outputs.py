@@ -197,15 +197,19 @@ class ReferenceOutputs:
         return {"draws": self._draws, "inputs": hash_model_inputs(self.outputs.items), "outputs": outputs}
 
     def load_state(self, state: dict[str, Any], batch_size: int = 0) -> None:
-        """Restore the state of a checkpoint.
+        """Restore the state of a checkpoint, so that the next draw is the first draw after the checkpoint.
+
+        Args:
+            state: as returned by :meth:`state`.
+            batch_size: number of items per draw.
 
         Raises:
             EditError: the checkpoint was written with other inputs.
         """
         if state["inputs"] != hash_model_inputs(self.outputs.items):
             raise EditError(
-                f"the checkpoint was written with other {self.outputs.argument}; resume with the same ones, or "
-                "start a new run."
+                f"the checkpoint was written with other {self.outputs.argument}; resume with the same "
+                f"{self.outputs.argument}, or start a new run."
             )
         self.before = [state["outputs"][str(index)] for index in range(len(self.outputs.items))]
         self._start_draws()
