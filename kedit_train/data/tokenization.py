@@ -13,8 +13,8 @@ from kedit_train.arguments import cut
 from kedit_train.errors import EditError
 from kedit_train.functional.labels import IGNORE_INDEX
 
-# Scripts without spaces between words: Thai, Lao, Tibetan, Burmese, Khmer, CJK punctuation, kana, Bopomofo,
-# Han, full-width forms (not Hangul: Korean has spaces between words).
+# Scripts without spaces between words: Thai, Lao, Tibetan, Burmese, Khmer, CJK punctuation, kana, Bopomofo, Han and
+# full-width forms. Hangul is not included, because Korean has spaces between words.
 SPACELESS = re.compile(
     "[\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u3000-\u30ff\u3100-\u312f\u31a0-\u31ff\u3400-\u4dbf\u4e00-\u9fff"
     "\uf900-\ufaff\uff00-\uff60\U00020000-\U0003ffff]"

@@ -31,11 +31,11 @@ ADVICE = {
     ),
     "opposite": "the sum may lose an edit, so evaluate it",
 }
-# If one of the two deltas is subtracted.
+# The advice if one of the two deltas is subtracted.
 DIFFERENCE_ADVICE = {
     "irrelevant": "the difference is likely to contain the edit that is added",
     "similar": "the subtraction is likely to weaken the edit that is added, too, so evaluate it",
-    "opposite": "the difference is likely to contain the edit that is added, but changes more, so evaluate it",
+    "opposite": "the difference is likely to contain the edit that is added, but is a larger change, so evaluate it",
 }
 
 
