@@ -24,7 +24,7 @@ def load_model(name: str, *, dtype: str = "float32", trust_remote_code: bool = F
     """Load a causal language model and its tokenizer.
 
     A PEFT adapter is loaded on top of its base model. It is not merged into the base model, because rounding to bf16
-    weights would remove a part of the adapter's effect. If the folder or hub repository of the adapter contains the file
+    weights would lose part of the adapter's effect. If the folder or hub repository of the adapter contains the file
     ``gate.safetensors``, the gate in this file is loaded too. The gate lets the adapter act only on some inputs (see
     ``GatedAdapter``). A vision-language model is loaded with its vision tower.
 

@@ -33,8 +33,8 @@ def read(record: Fields) -> list[Edit]:
     lists. The questions become portability questions. If ``questions`` is a list, their kind is "questions".
     ``subject`` and ``locality`` have the same form as in the format "edits", the format of kedit-train.
     """
-    # Every document has the field "text". This field is read first, so that the error names it if the record has another
-    # format.
+    # Every document has the field "text". This field is read first, so that the error for a record of another format
+    # names this field.
     text = record.answer("text")
     questions = own.probes(record, "questions")
     if list(questions) == ["other"]:
