@@ -16,7 +16,7 @@ from pathlib import Path
 
 _DAY = 86400
 # The names of the folders that this process owns. If a name contains the id of this process but is not listed here,
-# then an earlier process with the same id left the folder behind, for example before the container was restarted.
+# then an earlier process with the same id left the folder behind. This can happen in a container that was restarted.
 _owned: set[str] = set()
 _numbers = itertools.count()
 

@@ -124,9 +124,9 @@ def encode_edit(
 ) -> Encoded:
     """Tokenize a prompt together with its target. The tokens of the prompt are always those of :func:`encode_prompt`.
 
-    Prompt and target are tokenized as one text. If the prompt ends with a space or with half a word, one token of this
-    text may contain both the end of the prompt and the beginning of the target. The target is then tokenized
-    separately, so that the prompt has the same tokens in training and in generation.
+    Prompt and target are tokenized as one text. One token of this text may contain both the end of the prompt and the
+    beginning of the target, for example if the prompt ends with a space. The target is then tokenized separately, so
+    that the prompt has the same tokens in training and in generation.
 
     Args:
         tokenizer: a tokenizer of ``transformers``.

@@ -32,7 +32,7 @@ def arguments(parser: ArgumentParser) -> None:
     add(
         "model",
         metavar="MODEL",
-        help="checkpoint folder, PEFT adapter, hub name, world (the bundled model), or delta (needs --against)",
+        help="checkpoint folder, PEFT adapter, hub name, or world (the bundled model); with --against also a delta",
     )
     add("edits", metavar="EDITS", help="a .json, .jsonl or .csv file of edits, or world (the bundled edits)")
     add("--against", metavar="BASE", help="the base model, or a JSON report of the base model's evaluation")

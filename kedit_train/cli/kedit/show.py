@@ -30,9 +30,9 @@ columns:
   largest       largest absolute change of an entry
   rank          number of singular values of the change that are larger than the rounding error
   stable rank   |change| squared, divided by the square of the largest singular value of the change
-                For a tensor stored as single entries, only the rows and columns with changed entries count. Its
-                ranks are not computed if it has more than 2,048 such rows and more than 2,048 such columns, or if
-                the number of rows times the number of columns is more than 67 million.
+                For a tensor stored as single entries, only the rows and columns with changed entries count. The
+                ranks are not computed if more than 2,048 rows and more than 2,048 columns count. They are also not
+                computed if the number of these rows times the number of these columns is more than 67 million.
 """
 
 
