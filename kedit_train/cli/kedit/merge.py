@@ -108,9 +108,10 @@ def _relation(cosine: float, weight: float, other_weight: float) -> dict[str, An
 
     The cosine of two random directions in n dimensions is typically about 1 / sqrt(n) in size, so a small cosine counts
     as irrelevant. "When is Task Vector Provably Effective for Model Editing?" (arXiv 2504.10957) proves a result for a
-    one-layer Transformer: adding task vectors works if the tasks are irrelevant to each other or aligned. A cosine above 0.1
-    does not show that two edits are aligned. Edits that give different answers to the same prompts also have such a
-    cosine, because their weight changes act on the same layer inputs. ``add`` is therefore False for "similar" deltas.
+    one-layer Transformer: adding task vectors works if the tasks are irrelevant to each other or aligned. A cosine
+    above 0.1 does not show that two edits are aligned. Edits that give different answers to the same prompts also have
+    such a cosine, because their weight changes act on the same layer inputs. ``add`` is therefore False for "similar"
+    deltas.
     """
     kind = "irrelevant" if abs(cosine) <= 0.1 else "similar" if cosine > 0 else "opposite"
     both = weight > 0 and other_weight > 0
