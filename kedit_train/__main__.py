@@ -1,4 +1,4 @@
-"""Run a recipe with ``python -m kedit_train fit --config RECIPE.yaml`` (Lightning) or ``sft`` (TRL)."""
+"""Run a recipe: ``python -m kedit_train fit`` trains with Lightning, and ``python -m kedit_train sft`` with TRL."""
 
 from kedit_train.cli.console import ending_interrupts
 

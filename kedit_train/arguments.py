@@ -34,7 +34,8 @@ def check_arguments(component: object, **arguments: tuple[Any, Rule]) -> None:
         arguments: the arguments to check, as keyword arguments. Each keyword argument is a tuple ``(value, rule)``.
 
     Raises:
-        EditError: for example ``StopWhenEdited: loss must be > 0, got -1.``
+        EditError: an argument breaks its rule. An example of the message is
+            ``StopWhenEdited: loss must be > 0, got -1.``
 
     Example:
         >>> check_arguments("NormBall", radius=(0.5, above(0)), norm=("l2", one_of(("l2", "linf"))))

@@ -58,10 +58,11 @@ def checkpoint_without_reentry(args: Any) -> None:
 
 @contextmanager
 def keeping_checkpointing(trainer: Any) -> Iterator[None]:
-    """Context manager: let TRL turn activation checkpointing on again with the ``gradient_checkpointing_kwargs``.
+    """Context manager: keep the ``gradient_checkpointing_kwargs`` when TRL turns checkpointing off and on again.
 
-    Trainers of TRL that generate completions turn checkpointing off for the generation. Older versions of TRL then turn
-    it on again without these arguments. With transformers 4, checkpointing would be reentrant from then on.
+    Some trainers of TRL generate completions. They turn activation checkpointing off for the generation. Older versions
+    of TRL then turn checkpointing on again without the ``gradient_checkpointing_kwargs``. With transformers 4,
+    checkpointing would be reentrant from then on.
 
     Args:
         trainer: a ``transformers.Trainer`` whose training loop runs inside the context.
@@ -95,8 +96,8 @@ def rescaled_dare(dare: Callable[..., Any]) -> Callable[..., Any]:
 def cache_argument(model: Any) -> str | None:
     """Return the name of the argument of ``forward`` that receives the key-value cache, or None if there is none.
 
-    Recurrent models such as Mamba have no key-value cache. Since transformers 5.24, their state also has the name
-    ``cache``.
+    The result is None for recurrent models such as Mamba, which have no key-value cache. Since transformers 5.24, these
+    models have an argument ``cache`` too, but it receives their recurrent state.
 
     Args:
         model: a model of transformers.
@@ -117,7 +118,7 @@ def _is_recurrent(model: Any) -> bool:
 
 
 def are_recurrent(layers: Sequence[Any]) -> bool:
-    """Return True if all layers of a cache store recurrent states, as in Mamba. For no layers, return True."""
+    """Return True if all layers of a cache store recurrent states, as in Mamba, or if there are no layers."""
     return all(type(layer).__name__ == "LinearAttentionLayer" for layer in layers)
 
 

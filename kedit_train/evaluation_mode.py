@@ -27,6 +27,6 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
         for module, training in modes:
             module.training = training
         packing.remove()
-        # In autocast, older versions of torch (such as 2.6) keep the converted weights of a forward pass without
+        # In autocast, older versions of torch, such as 2.6, keep the converted weights of a forward pass without
         # gradients. The next training step would use these weights, and would compute no gradients for them.
         torch.clear_autocast_cache()

@@ -37,26 +37,26 @@ _NO_AUGMENTATION = AugmentationOptions()
 class EditModule(LightningModule):
     """A causal language model that is fine-tuned with Adam at a constant learning rate.
 
-    The defaults follow LocFT-BF: Adam in full precision, without weight decay, warm-up or a schedule. This module does
-    plain fine-tuning. The callbacks of the ``Trainer`` turn the fine-tuning into an edit. In a LightningCLI project,
-    ``--optimizer`` and ``--lr_scheduler`` replace Adam and the constant learning rate.
+    The defaults follow LocFT-BF, the method of the paper below: Adam in full precision, without weight decay, warm-up
+    or a schedule. This module does plain fine-tuning. The callbacks of the ``Trainer`` turn the fine-tuning into an
+    edit. In a LightningCLI project, ``--optimizer`` and ``--lr_scheduler`` replace Adam and the constant learning rate.
 
     Args:
-        name: a hub name, a folder, or "world" for the bundled model.
+        name: a model name on the Hugging Face Hub, the folder of a saved model, or "world" for the bundled model.
         learning_rate: the learning rate of Adam, 0 or more.
-        dtype: the dtype of the weights; "auto" uses the dtype of the checkpoint. In bfloat16, an update below about
-            1/256 of a weight is lost by rounding.
+        dtype: the dtype of the weights. "auto" keeps the dtype of the saved weights. In bfloat16, rounding removes
+            every update that is smaller than about 1/256 of the weight.
         gradient_checkpointing: whether to recompute the activations in the backward pass, which saves memory and costs
             time.
-        trust_remote_code: whether to run Python code that the checkpoint contains.
+        trust_remote_code: whether to run Python code that comes with the model.
         save_path: a folder in which the edited model and its tokenizer are saved when training ends. With ``lora``, the
             adapter is saved instead of the model. None: nothing is saved.
         lora: arguments of PEFT's ``LoraConfig``, such as
             ``{"r": 8, "lora_alpha": 32, "target_modules": ["q_proj", "v_proj"]}``. If ``lora`` is set, a LoRA adapter
             is trained. ``ParameterScope`` then selects the LoRA factors of a module by the name of the module, such as
             ``q_proj``. None: no adapter.
-        chat_template: a Jinja chat template for the tokenizer, for ``prompt_format="chat"``. None: the tokenizer keeps
-            its own template.
+        chat_template: a Jinja chat template for the tokenizer. ``EditDataModule(prompt_format="chat")`` uses it. None:
+            the tokenizer keeps its own template.
 
     Attributes:
         model: the ``transformers`` model in training mode. With ``lora``, a ``PeftModel`` around this model.
@@ -162,7 +162,7 @@ class EditModule(LightningModule):
 
 
 class EditDataModule(LightningDataModule):
-    """Batches of edits with ``input_ids``, ``attention_mask`` and ``labels``, tokenized with the module's tokenizer.
+    """Batches of edits with ``input_ids``, ``attention_mask`` and ``labels``, made by the trained module's tokenizer.
 
     All edits are shuffled in every epoch (breadth-first training, arXiv 2509.22072). In epochs with many batches, edits
     of similar length are put into the same batch, to reduce padding. Only the tokens of the targets count in the loss.
@@ -179,7 +179,7 @@ class EditDataModule(LightningDataModule):
             model is tested on a few edits. The decision is printed.
         prompt_format: the format of the prompts: as they are ("plain"), through the tokenizer's chat template
             ("chat"), framed as a question ("question"), or a :class:`~kedit_train.ChatFormat`.
-        texts: a file of texts on which the model should not change. In a recipe (``python -m kedit_train fit``), the
+        texts: a file of texts on which predictions should not change. In a recipe (``python -m kedit_train fit``), the
             file replaces ``texts: world`` in the callbacks. In a script, this argument has no effect: pass the texts
             to the callbacks instead.
         augmentation: options that add training examples (pseudo-paraphrases, replayed facts, previous edits) or rewrite
@@ -270,7 +270,7 @@ class EditDataModule(LightningDataModule):
         )
 
     def _move(self, module: Any) -> Any:
-        """Return the trainer's strategy. If the strategy never shards the model, move the model to its device."""
+        """Return the trainer's strategy, and move the model to the device, unless the strategy may shard the model."""
         strategy: Any = self.trainer.strategy if self.trainer is not None else None
         if type(strategy) in (SingleDeviceStrategy, DDPStrategy):
             # These strategies move the full model to the device anyway. Under a strategy that shards the model, the

@@ -15,8 +15,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 _DAY = 86400
-# The folders that this process owns. A folder with the id of this process that is not listed here was left by an
-# earlier process with the same id, for example in a container that was started again.
+# The names of the folders that this process owns. If a name contains the id of this process but is not listed here,
+# then an earlier process with the same id left the folder behind. This can happen in a container that was restarted.
 _owned: set[str] = set()
 _numbers = itertools.count()
 
@@ -85,7 +85,7 @@ def remove_abandoned(folders: Iterable[Path], *, at_once: str = "") -> None:
             if (ended and folder.name.startswith(at_once)) or time.time() - folder.stat().st_mtime > _DAY:
                 remove(folder)
         except OSError:
-            # Another process has removed it, or the folder is read-only.
+            # Another process has removed the folder, or the folder is read-only.
             continue
 
 
@@ -104,7 +104,7 @@ def _place() -> str:
     A process id is valid only until the machine is restarted and only inside one PID namespace.
     """
     parts = [socket.gethostname()]
-    # Only Linux has these files. On other systems, the host name alone is the place.
+    # Only Linux has these files. On other systems, the host name alone is used.
     with contextlib.suppress(OSError):
         parts += [Path("/proc/sys/kernel/random/boot_id").read_text(), os.readlink("/proc/self/ns/pid")]
     return f"{parts[0]}-{hashlib.sha256(repr(parts).encode()).hexdigest()[:8]}"

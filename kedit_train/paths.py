@@ -15,7 +15,7 @@ def is_path(value: Any) -> bool:
     return isinstance(value, str | os.PathLike) and os.fspath(value) != "" and "\0" not in os.fsdecode(value)
 
 
-PATH = Rule("a path without NUL characters", is_path)
+PATH = Rule("a non-empty path without NUL characters", is_path)
 SAFETENSORS_PATH = Rule(
     "a path that ends in .safetensors, without NUL characters",
     lambda value: is_path(value) and Path(os.fsdecode(value)).suffix == ".safetensors",

@@ -23,8 +23,8 @@ from kedit_train.quantized_layers import PackingGuard
 def load_model(name: str, *, dtype: str = "float32", trust_remote_code: bool = False) -> tuple[Any, Any]:
     """Load a causal language model and its tokenizer.
 
-    A PEFT adapter is loaded on top of its base model. It is not merged into the base model, because merging into bf16
-    weights would round the adapter's effect. If the folder or hub repository of the adapter contains the file
+    A PEFT adapter is loaded on top of its base model. It is not merged into the base model, because rounding to bf16
+    weights would lose part of the adapter's effect. If the folder or hub repository of the adapter contains the file
     ``gate.safetensors``, the gate in this file is loaded too. The gate lets the adapter act only on some inputs (see
     ``GatedAdapter``). A vision-language model is loaded with its vision tower.
 
@@ -32,8 +32,8 @@ def load_model(name: str, *, dtype: str = "float32", trust_remote_code: bool = F
         name: a model name on the Hugging Face Hub, a folder saved by ``save_pretrained``, the folder of a PEFT
             adapter, a ``.gguf`` file, or "world" for the tiny model that comes with kedit-train. The weights of a GGUF
             file are dequantized.
-        dtype: the dtype of the loaded weights. "auto" keeps the dtype of the checkpoint.
-        trust_remote_code: whether to run Python code that the checkpoint contains.
+        dtype: the dtype of the loaded weights. "auto" keeps the dtype of the saved weights.
+        trust_remote_code: whether to run Python code that comes with the model.
 
     Returns:
         The model in evaluation mode, and its tokenizer.

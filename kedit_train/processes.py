@@ -42,7 +42,7 @@ def check_process_count(count: int, environment: Mapping[str, str] | None = None
         environment: environment variables; ``os.environ`` by default.
 
     Raises:
-        EditError: the trainer uses another number of processes than the launcher started.
+        EditError: the number of processes of the trainer differs from the number that the launcher started.
 
     Example:
         >>> check_process_count(2, {"WORLD_SIZE": "2"})

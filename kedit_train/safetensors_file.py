@@ -30,8 +30,8 @@ class Contents(NamedTuple):
 
     Args:
         tensors: dict from name to tensor. All tensors are on the CPU.
-        metadata: the JSON value that was saved with the tensors. None if the file is of another kind or was written
-            by another program.
+        metadata: the JSON value that was saved with the tensors. None if the file was saved with another
+            ``kind`` or by another program.
     """
 
     tensors: dict[str, Tensor]
@@ -142,8 +142,8 @@ def load_tensors(
             if the file becomes shorter. False copies the tensors and then verifies the checksum of the copy. Later
             changes of the file have no effect on the copy.
         memory_limit: with ``memory_map=False``, the maximum size in bytes of a file that is copied into memory. A
-            larger file is copied into a temporary file that nobody else can change, and this copy is memory-mapped.
-            None sets no limit.
+            larger file is copied into a temporary file that no other program can change, and this copy is
+            memory-mapped. None sets no limit.
         allow_unsigned: True also reads files of another kind and safetensors files of other programs. The checksums of
             these files are not verified.
 

@@ -35,9 +35,9 @@ DTYPES: dict[str, torch.dtype] = {
 }
 # The maximum size of a header in the safetensors format.
 _MAX_HEADER_BYTES = 100_000_000
-# Limits of torch: the number of dimensions, and a number of entries that fits 64 bits.
+# Limits of torch: a tensor has at most 64 dimensions, and its number of entries must fit into a signed 64-bit integer.
 _MAX_DIMENSIONS, _MAX_ENTRIES = 64, 2**63
-# Python cannot parse or print integers of more than 4,300 digits, and recursive functions stop at 1,000 calls.
+# Limits for JSON. They are below the limits of Python: 4,300 digits of an integer, and 1,000 nested function calls.
 _MAX_DIGITS, _MAX_DEPTH = 100, 400
 
 
@@ -213,7 +213,7 @@ def _span(entry: Any, data_start: int) -> Span:
     start, end = entry["data_offsets"]
     shape, dtype = entry["shape"], DTYPES.get(entry["dtype"])
     if not is_shape(shape) or not all(type(number) is int and number >= 0 for number in (start, end)) or end < start:
-        raise EditError(f"a tensor has an impossible shape or byte range: {shape}, {start} to {end}")
+        raise EditError(f"a tensor has an impossible shape or byte range: shape {shape}, bytes {start} to {end}")
     if dtype is not None and end - start != math.prod(shape) * dtype.itemsize:
         raise EditError(f"a tensor of dtype {entry['dtype']} and shape {shape} cannot have {end - start} bytes")
     return Span(dtype, tuple(shape), data_start + start, data_start + end)

@@ -86,7 +86,7 @@ _APPEND_EOS: dict[str, AppendEos] = {"auto": "auto", "true": True, "false": Fals
 
 
 def _help(question: str) -> dict[str, str]:
-    return {"help": f"{question} Value: the arguments of the callback as a mapping or as JSON; {{}} for the defaults."}
+    return {"help": f"{question} Adds a callback. Value: its arguments as a mapping or as JSON; {{}} for the defaults."}
 
 
 @dataclass
@@ -135,7 +135,7 @@ class EditSFTConfig(SFTConfig):
     parameter_scope: Arguments = field(default=None, metadata=_help("Which parameters may change?"))
     gradient_mask: Arguments = field(default=None, metadata=_help("Which entries of the weight matrices may change?"))
     subject_tokens: Arguments = field(default=None, metadata=_help("Train only at the tokens of the subject."))
-    subject_values: Arguments = field(default=None, metadata=_help("Train only what layers add at the subjects."))
+    subject_values: Arguments = field(default=None, metadata=_help("Change layer outputs mainly at the subjects."))
     gated_adapter: Arguments = field(default=None, metadata=_help("For which prompts may a LoRA adapter act?"))
     prompt_format: Arguments = field(
         default="plain", metadata={"help": "Format of the prompts: plain, chat or question."}
@@ -160,7 +160,7 @@ class EditSFTConfig(SFTConfig):
     prefix_cache: Arguments = field(default=None, metadata=_help("Run the frozen first layers only once per example."))
     active_set: Arguments = field(default=None, metadata=_help("Skip edits that are already learned."))
     edit_metrics: Arguments = field(default=None, metadata=_help("Score the edits before, during and after training."))
-    forecast_metrics: Arguments = field(default=None, metadata=_help("Measure the error and the change of forecasts."))
+    forecast_metrics: Arguments = field(default=None, metadata=_help("Measure a forecaster on new and on old inputs."))
     stop_when_edited: Arguments = field(default=None, metadata=_help("Stop when the edits are learned."))
     save_delta: Arguments = field(default=None, metadata=_help("Save the weight change as a file."))
 

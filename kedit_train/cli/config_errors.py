@@ -37,7 +37,7 @@ def shorten(message: str) -> str:
 
     The line names the wrong key, the class that the key belongs to, the problem, and the valid keys.
     """
-    # The patterns below would take quadratic time for a long value, and the line would fill the terminal.
+    # Lines are cut, because the patterns below take quadratic time, and because a long line would fill the terminal.
     lines = [cut(line.strip().removeprefix("- "), 300) for line in message.splitlines()]
     lines = _without_base(lines)
     kept = list(dict.fromkeys(line for line in lines if line and not NOISE.match(line)))

@@ -176,9 +176,9 @@ def share_texts(config: Any) -> None:
     """Replace ``texts: world`` in the callbacks by the value of ``data.texts``. Without ``data.texts``, change nothing.
 
     Raises:
-        EditError: ``data.texts`` is set, but no callback has ``texts: world``. The error is also raised if the run
-            needs the bundled texts (``texts: world``) or prompts (``data.augmentation.replay: world``), but does not
-            use both the bundled model and the bundled edits.
+        EditError: ``data.texts`` is set, but no callback has ``texts: world``. The error is also raised if a callback
+            keeps ``texts: world``, or if ``data.augmentation.replay`` is "world", and the model or the edits are not
+            the bundled ones.
     """
     callbacks = config.trainer.callbacks or []
     callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
@@ -217,8 +217,8 @@ def share_texts(config: Any) -> None:
         name = readers[0].class_path.rpartition(".")[2]
         raise EditError(
             f"{name} has the setting 'texts: world', which fits only the model and the edits that come with "
-            f"kedit-train, but this run has {foreign}; add --data.texts FILE, with a file of texts on which your model "
-            "should not change (.txt with one text per line, .jsonl or .json)."
+            f"kedit-train, but this run has {foreign}; add --data.texts FILE, with a file of texts on which the "
+            "predictions of your model should not change (.txt with one text per line, .jsonl or .json)."
         )
 
 

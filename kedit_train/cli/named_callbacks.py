@@ -65,7 +65,7 @@ def set_by_name(callbacks: Any, overrides: Sequence[Override]) -> None:
             listed = ", ".join(map(_name, entries)) or "none"
             raise EditError(
                 f"{option} needs exactly one callback {name} in the run, got {len(found)}; the run has the callbacks: "
-                f"{listed}."
+                f"{listed}. Change the name, or change trainer.callbacks in the recipe."
             )
         entry = found[0]
         if argument.partition(".")[0] not in arguments(entry.class_path):

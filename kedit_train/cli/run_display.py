@@ -1,6 +1,6 @@
 """The messages of a running recipe: a summary before the first step, and one line of progress.
 
-They are written to standard error, because standard output is for results.
+The messages are written to standard error, because standard output is for results.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def print_summary(callbacks: Iterable[Any]) -> None:
 
 
 class PrintSummary(Callback):
-    """Print what a Lightning run is about to do, at the start of the run.
+    """Print the edits, the weights that may change, and the callbacks at the start of a Lightning run.
 
     Put this callback before all other callbacks. The summary is then printed before the other callbacks begin to work.
     """
@@ -103,7 +103,7 @@ class RunProgress(ProgressBar):
 def display_callbacks(callbacks: Iterable[Any], *, progress: bool) -> list[Callback]:
     """Return the callbacks that print the summary and the progress of a Lightning run.
 
-    Put them before all other callbacks of the run.
+    Put the returned callbacks before all other callbacks of the run.
 
     Args:
         callbacks: the callbacks of the run. If they contain a progress bar, :class:`RunProgress` is not added.

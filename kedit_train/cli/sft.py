@@ -81,8 +81,8 @@ def build(config: Namespace) -> EditSFTTrainer:
     """Return the trainer that the configuration of a recipe describes.
 
     Raises:
-        EditError: TRL has no counterpart for a key, or the model is not an ``EditModule``, or the data are not an
-            ``EditDataModule``.
+        EditError: TRL has no counterpart for a key of the recipe, the model is not an ``EditModule``, or the data
+            module is not an ``EditDataModule``.
     """
     for key, own in (("model", EditModule), ("data", EditDataModule)):
         if class_of(config[key].class_path) is not own:
@@ -143,7 +143,7 @@ def arguments_of(config: Namespace) -> EditSFTConfig:
         "disable_tqdm": trainer.enable_progress_bar is False,
         "save_strategy": "epoch" if trainer.enable_checkpointing else "no",
         "report_to": _logger(trainer.logger),
-        # The default of TRL is True.
+        # TRL turns gradient checkpointing on by default.
         "gradient_checkpointing": module.gradient_checkpointing,
         **{"bf16": False, **_precision(trainer.precision)},
     }
@@ -169,7 +169,7 @@ def arguments_of(config: Namespace) -> EditSFTConfig:
         lr_scheduler_type="constant",
         weight_decay=0.0,
         dataloader_pin_memory=not use_cpu,
-        # On a CPU, accelerate needs this to connect the processes of a launcher.
+        # On a CPU, accelerate needs use_cpu=True to connect the processes of a launcher.
         use_cpu=use_cpu,
         **given,
     )

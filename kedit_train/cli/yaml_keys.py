@@ -9,10 +9,10 @@ import yaml
 
 from kedit_train.arguments import cut
 
-# The merge key of YAML. A mapping may contain it several times, because each one adds keys and replaces none.
+# The merge key of YAML. A mapping may contain this key several times, because a merge replaces no keys.
 MERGE = "<<"
-# Maximum number of parts of a key, such as 2 in "model.name". No setting has more parts. Without this limit, a key with
-# thousands of dots would take long.
+# Maximum number of parts of a key, such as 2 in "model.name". No setting has more parts. Without this limit, the check
+# of a key with thousands of dots would take a long time.
 MAX_PARTS = 10
 
 

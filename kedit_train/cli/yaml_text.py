@@ -106,7 +106,7 @@ def _check(text: str) -> None:
         if anchor is not None:
             sizes[anchor] = size
         levels[-1] = (levels[-1][0], levels[-1][1] + size)
-    # Without aliases, both numbers are equal.
+    # levels[0][1] is the size with all aliases replaced. Without aliases, it equals the written size.
     if levels[0][1] > max(written, MAX_EXPANDED):
         raise InvalidYAML(f"the aliases expand to more than {MAX_EXPANDED:,} characters")
 

@@ -93,8 +93,8 @@ class EditDataset(TrainerDatasets):
             format: the name of a format, such as "edits" or "counterfact". None recognizes the format.
             on_error: "raise" stops at the first bad record. "skip" leaves bad records out, warns once with the number
                 of skipped records and the first reason, and keeps every reason in ``skipped``.
-            limit: stop after this many readable records (a record of MQuAKE contains up to four edits). None reads the
-                whole file, or all 24 edits if ``path`` is "world".
+            limit: stop after this many readable records. A record of MQuAKE contains up to four edits, and a record of
+                any other format contains one. None reads the whole file, or all 24 edits if ``path`` is "world".
 
         Raises:
             EditError: the file or a record cannot be read. The message names the file, the number of the record

@@ -16,7 +16,8 @@ from kedit_train.data.visible import fold
 from kedit_train.edit import Edit
 from kedit_train.errors import EditError, reported_by, warn
 
-# The ends of paragraphs, sentences, words and characters. A text is split at the first kind that gives short parts.
+# The ends of paragraphs, sentences, words and characters. A text is split at the first of these kinds that gives parts
+# of at most the maximum length.
 _ENDS = tuple(
     re.compile(pattern) for pattern in (r"\n\s*\n", r"[.!?…][\"'”’)\]]*\s+|[。！？]+\s*", r"\s+|[、，；]", r"(?s:.)")
 )

@@ -41,6 +41,6 @@ def prompt_with_fact(edit: Edit, prompt: str, context: str = CONTEXT) -> str:
         >>> prompt_with_fact(Edit("Ada lives in", "Bern"), "The home of Ada is")
         'Ada lives in Bern. The home of Ada is'
     """
-    # Not str.format(), because the template may contain other braces.
+    # str.format() is not used, because the template may contain other braces.
     fields = {"fact": fact_sentence(edit), "prompt": prompt}
     return _FIELD.sub(lambda field: fields[field[1]], context)

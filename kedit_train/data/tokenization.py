@@ -13,8 +13,8 @@ from kedit_train.arguments import cut
 from kedit_train.errors import EditError
 from kedit_train.functional.labels import IGNORE_INDEX
 
-# Scripts without spaces between words: Thai, Lao, Tibetan, Burmese, Khmer, CJK punctuation, kana, Bopomofo,
-# Han, full-width forms (not Hangul: Korean has spaces between words).
+# Scripts without spaces between words: Thai, Lao, Tibetan, Burmese, Khmer, CJK punctuation, kana, Bopomofo, Han and
+# full-width forms. Hangul is not included, because Korean has spaces between words.
 SPACELESS = re.compile(
     "[\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u3000-\u30ff\u3100-\u312f\u31a0-\u31ff\u3400-\u4dbf\u4e00-\u9fff"
     "\uf900-\ufaff\uff00-\uff60\U00020000-\U0003ffff]"
@@ -124,9 +124,9 @@ def encode_edit(
 ) -> Encoded:
     """Tokenize a prompt together with its target. The tokens of the prompt are always those of :func:`encode_prompt`.
 
-    Prompt and target are tokenized as one text. If the prompt ends with a space or with half a word, one token of this
-    text may contain both the end of the prompt and the beginning of the target. The target is then tokenized
-    separately, so that the prompt has the same tokens in training and in generation.
+    Prompt and target are tokenized as one text. One token of this text may contain both the end of the prompt and the
+    beginning of the target, for example if the prompt ends with a space. The target is then tokenized separately, so
+    that the prompt has the same tokens in training and in generation.
 
     Args:
         tokenizer: a tokenizer of ``transformers``.

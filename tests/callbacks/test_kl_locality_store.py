@@ -227,7 +227,10 @@ def test_a_narrower_dtype_reports_its_rounding_error(make, words, tmp_path):
     [
         ({"dtype": "int8"}, 'ReferenceCache: dtype must be "float32", "bfloat16" or "float16", or None, got \'int8\'.'),
         ({"memory_limit": "much"}, "ReferenceCache: memory_limit must be a number of bytes above 0"),
-        ({"cache_dir": ""}, "ReferenceCache: cache_dir must be a path without NUL characters, or None, got ''."),
+        (
+            {"cache_dir": ""},
+            "ReferenceCache: cache_dir must be a non-empty path without NUL characters, or None, got ''.",
+        ),
         ({"directory": "a"}, "ReferenceCache: unknown argument 'directory'; use only cache_dir, dtype, memory_limit."),
     ],
 )

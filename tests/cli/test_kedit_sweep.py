@@ -114,7 +114,7 @@ EDITS = ("edit.safetensors", "world", "edits.jsonl")
         (["edit.safetensors", "model", "edits.jsonl"], "pass the unedited model as MODEL"),
         (["none.safetensors", "world", "edits.jsonl"], "does not exist"),
         (["edit.safetensors", "world", "none.jsonl"], "the file does not exist"),
-        (["edit.safetensors", "world", "bare.jsonl"], "contains no locality probes, which are needed"),
+        (["edit.safetensors", "world", "bare.jsonl"], "contains no locality questions, which are needed"),
         ([*EDITS, "--coefficients", "0"], "must contain a number other than 0"),
         ([*EDITS, "--keep-locality", "1.5"], "must be in [0, 1], got 1.5"),
         ([*EDITS, "--plot", "sweep.jpg"], "must end with .png"),

@@ -100,7 +100,8 @@ def test_a_broken_jsonl_line_is_one_bad_record(tmp_path: Path) -> None:
 def test_broken_csv_files_are_reported(tmp_path: Path) -> None:
     path = write(tmp_path / "f.csv", "prompt,target\np,t\nAda, the poet,Bern\n")
     assert (
-        raised(path) == f"{path}, record 2 (line 3): the row must have 2 cells, got 3 (quote texts with commas){REST}"
+        raised(path)
+        == f"{path}, record 2 (line 3): the row must have 2 cells, got 3 (a text with a comma must be in quotes){REST}"
     )
     path = write(tmp_path / "g.csv", "prompt,prompt\na,b\n")
     assert raised(path) == f"{path}: the column 'prompt' appears twice; rename one of the two columns"

@@ -201,5 +201,7 @@ def test_the_package_and_the_data_package_load_the_world_without_its_import() ->
 
 @pytest.mark.parametrize("path", [None, 3, ["edits.json"]])
 def test_a_path_of_another_type_is_one_line(path: Any) -> None:
-    with pytest.raises(EditError, match=r"^EditDataset: path must be a path without NUL characters, got .*\.$"):
+    with pytest.raises(
+        EditError, match=r"^EditDataset: path must be a non-empty path without NUL characters, got .*\.$"
+    ):
         EditDataset.load(path)

@@ -26,8 +26,11 @@ examples:
   kedit show runs/mine/edit.safetensors --png         show which weights a run changed
   kedit eval runs/mine/model edits.jsonl --against Qwen/Qwen3-0.6B      compare an edited model with its base model
 
+A delta is a file with the weight change of an edit. A fragment is a YAML file with callbacks to add to a recipe.
+
 Exit codes: 0 if the command succeeded, 1 if it failed (one line says why), 2 if the arguments are not valid.
-Set KEDIT_TRACEBACK=1 to see the traceback of an error. kedit VERB --help shows examples of a verb.
+Set the environment variable KEDIT_TRACEBACK=1 to see the traceback of an error. kedit VERB --help shows examples of a
+verb.
 """
 
 
@@ -76,8 +79,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return args.run(args)
     except BrokenPipeError:
-        # The program that reads the pipe, such as `head`, has closed the pipe. Flushing the remaining output must not
-        # fail.
+        # The program that reads the pipe, such as `head`, has closed the pipe. Python flushes the remaining output
+        # when it exits. Standard output is redirected to os.devnull, so that this does not fail.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (EditError, OSError) as error:

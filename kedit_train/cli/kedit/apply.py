@@ -19,8 +19,8 @@ examples:
   kedit apply runs/mine/edit.safetensors world runs/mine/model
   kedit apply runs/mine/edit.safetensors Qwen/Qwen3-0.6B runs/mine/model --dtype float32
 
-The checkpoint is written shard by shard, with one tensor in memory at a time. Before anything is written, every tensor
-that the delta changes is compared with the SHA-256 that the delta records for the base model.
+The checkpoint is written shard by shard, with one tensor in memory at a time. The delta contains the SHA-256 of each
+base tensor that it changes. Before anything is written, the command checks that the tensors of MODEL have these hashes.
 
 If the training run loaded a half-precision checkpoint in float32, add --dtype float32. The command then loads the full
 model in float32.
@@ -28,11 +28,16 @@ model in float32.
 
 
 def arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("delta", metavar="DELTA", help="a delta file, written by SaveDelta or kedit merge")
+    parser.add_argument(
+        "delta", metavar="DELTA", help="a delta: the weight change of an edit, saved by SaveDelta or kedit merge"
+    )
     parser.add_argument("model", metavar="MODEL", help="the base model: a checkpoint folder, a hub name, or world")
     parser.add_argument("out", metavar="OUT", help="a new folder for the edited checkpoint")
     parser.add_argument(
-        "--dtype", choices=DTYPES, help="load the base model in this dtype; use the dtype of the training run"
+        "--dtype",
+        choices=DTYPES,
+        help="load the base model in this dtype; give the dtype in which the training run loaded the model "
+        "(default: as stored)",
     )
     json_option(parser)
 
@@ -71,11 +76,12 @@ def _check_dtypes(delta: Any, folder: Path) -> None:
         dtype = next((stored[alias] for alias in (name, *change.tied) if alias in stored), change.dtype)
         if dtype != change.dtype:
             run_dtype, checkpoint_dtype = (str(one).removeprefix("torch.") for one in (change.dtype, dtype))
-            advice = f"add --dtype {run_dtype} to load the model in the dtype of the run."
+            advice = f"add --dtype {run_dtype} to load the model in the dtype of the training run."
             if run_dtype not in DTYPES:
-                advice = "the run edited a quantized model, so train again on the model without quantization."
+                advice = "the training run edited a quantized model, so train again without quantization."
             raise EditError(
-                f"the run edited {name} in {run_dtype}, but the checkpoint stores this tensor in {checkpoint_dtype}; "
+                f"the training run edited {name} in {run_dtype}, but the checkpoint stores this tensor in "
+                f"{checkpoint_dtype}; "
                 f"{advice}"
             )
 

@@ -32,7 +32,7 @@ def arguments(parser: ArgumentParser) -> None:
     add(
         "model",
         metavar="MODEL",
-        help="checkpoint folder, PEFT adapter, hub name, world (the bundled model), or delta (needs --against)",
+        help="checkpoint folder, PEFT adapter, hub name, or world (the bundled model); with --against also a delta",
     )
     add("edits", metavar="EDITS", help="a .json, .jsonl or .csv file of edits, or world (the bundled edits)")
     add("--against", metavar="BASE", help="the base model, or a JSON report of the base model's evaluation")
@@ -40,8 +40,9 @@ def arguments(parser: ArgumentParser) -> None:
     add(
         "--full",
         action="store_true",
-        help="also measure: generality behind prefixes and in another prompt format, KL divergence, returning old "
-        "answers, fluency, the baseline of --retrieval, overlap with the target, and weight drift",
+        help="also measure: generality with a prefix before the prompt and in another prompt format, the KL divergence "
+        "from the base model, whether old answers return, fluency, the scores of --retrieval, the overlap of answers "
+        "with the target, and weight drift",
     )
     add(
         "--protocol",
@@ -170,8 +171,8 @@ def _evaluate(args: Namespace, name: str, edits: Any, delta: Any) -> Any:
         del base
     dtype = args.dtype
     if delta is not None and dtype == "auto":
-        # A delta can be applied only to weights that are bit for bit those before the run, so the model is loaded in
-        # the dtype of the run.
+        # A delta can be applied only to weights that equal the weights before the training run, bit for bit. So the
+        # model is loaded in the dtype of the training run.
         dtype = next((str(c.dtype).removeprefix("torch.") for c in delta.changes.values()), dtype)
     model, tokenizer = load_for(args, name, dtype)
     if delta is not None:

@@ -12,7 +12,7 @@ from kedit_train.errors import EditError
 from kedit_train.evaluation.reporting.layer_drift import layer_of
 from kedit_train.evaluation.reporting.plots import new_figure, save_figure
 
-# The number of panels, and of blocks along each side of a panel.
+# The maximum number of panels, and the maximum number of blocks along each side of a panel.
 PANELS, BLOCKS = 6, 128
 
 

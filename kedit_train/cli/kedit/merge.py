@@ -31,11 +31,11 @@ ADVICE = {
     ),
     "opposite": "the sum may lose an edit, so evaluate it",
 }
-# If one of the two deltas is subtracted.
+# The advice if one of the two deltas is subtracted.
 DIFFERENCE_ADVICE = {
     "irrelevant": "the difference is likely to contain the edit that is added",
     "similar": "the subtraction is likely to weaken the edit that is added, too, so evaluate it",
-    "opposite": "the difference is likely to contain the edit that is added, but changes more, so evaluate it",
+    "opposite": "the difference is likely to contain the edit that is added, but is a larger change, so evaluate it",
 }
 
 
@@ -107,10 +107,11 @@ def _relation(cosine: float, weight: float, other_weight: float) -> dict[str, An
         is "irrelevant" and both weights are above 0. ``advice`` is a text for the user.
 
     The cosine of two random directions in n dimensions is typically about 1 / sqrt(n) in size, so a small cosine counts
-    as irrelevant. "When is Task Vector Provably Effective for Model Editing?" (arXiv 2504.10957) proves for a one-layer
-    Transformer that adding task vectors works if the tasks are irrelevant to each other or aligned. A cosine above 0.1
-    does not show that two edits are aligned. Edits that give different answers to the same prompts also have such a
-    cosine, because their weight changes act on the same layer inputs. ``add`` is therefore False for "similar" deltas.
+    as irrelevant. "When is Task Vector Provably Effective for Model Editing?" (arXiv 2504.10957) proves a result for a
+    one-layer Transformer: adding task vectors works if the tasks are irrelevant to each other or aligned. A cosine
+    above 0.1 does not show that two edits are aligned. Edits that give different answers to the same prompts also have
+    such a cosine, because their weight changes act on the same layer inputs. ``add`` is therefore False for "similar"
+    deltas.
     """
     kind = "irrelevant" if abs(cosine) <= 0.1 else "similar" if cosine > 0 else "opposite"
     both = weight > 0 and other_weight > 0

@@ -53,7 +53,7 @@ def evaluation_options(parser: Any) -> None:
 def loading_options(parser: Any) -> None:
     """Add ``--device`` and ``--trust-remote-code``, which say how a model is loaded."""
     parser.add_argument("--device", help="cpu, cuda, ... (default: the accelerator if there is one, otherwise cpu)")
-    parser.add_argument("--trust-remote-code", action="store_true", help="run code that the checkpoint contains")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the model")
 
 
 def print_json(value: Any) -> None:
@@ -122,11 +122,11 @@ def check_new_folder(path: str) -> None:
 
 @contextmanager
 def naming_models(path: str, meta: Mapping[str, Any], model: str) -> Iterator[None]:
-    """Context manager that adds to every error message which delta cannot be used with which model.
+    """Context manager: begin every error message with the delta and the model that cannot be used together.
 
     Args:
         path: the path of the delta.
-        meta: the metadata of the delta. It contains the name of the base model, which is added to the message, too.
+        meta: the metadata of the delta. If it contains the name of the base model, this name is added, too.
         model: the name of the model with which the delta is used.
     """
     try:

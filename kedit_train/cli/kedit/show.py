@@ -30,13 +30,16 @@ columns:
   largest       largest absolute change of an entry
   rank          number of singular values of the change that are larger than the rounding error
   stable rank   |change| squared, divided by the square of the largest singular value of the change
-                The rank and the stable rank are not computed if single entries changed and these entries are in
-                more than 2,048 rows and 2,048 columns, or if rows times columns is more than 67 million.
+                For a tensor stored as single entries, only the rows and columns with changed entries count. The
+                ranks are not computed if more than 2,048 rows and more than 2,048 columns count. They are also not
+                computed if the number of these rows times the number of these columns is more than 67 million.
 """
 
 
 def arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("delta", metavar="DELTA", help="a delta file, written by SaveDelta or kedit merge")
+    parser.add_argument(
+        "delta", metavar="DELTA", help="a delta: the weight change of an edit, saved by SaveDelta or kedit merge"
+    )
     parser.add_argument(
         "--png",
         nargs="?",

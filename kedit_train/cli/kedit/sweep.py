@@ -28,11 +28,14 @@ examples:
   kedit sweep runs/mine/edit.safetensors world held_out.jsonl --coefficients 0.25 0.5 0.75 1 1.5 --keep-locality 0.98
   kedit sweep runs/mine/edit.safetensors world held_out.jsonl --forget --coefficients -0.25 -0.5 -1
 
-A coefficient is accepted if the model keeps at least --keep-locality of the base model's locality. The command picks
-the accepted coefficient with the highest reliability. If several coefficients are equally reliable, the
-coefficient nearest to 0 is picked. Locality is the fraction of answers that are the same as the answers of the base
-model. If no coefficient is accepted, or none is more reliable than the base model, nothing is picked and no file is
-written. The scores are printed in every case.
+The command adds multiples of the delta to the base model, and evaluates each of these models. The factor of a multiple
+is called its coefficient. Reliability is the fraction of edits whose new answer the model gives. Locality is the
+fraction of answers that are the same as the answers of the base model.
+
+A coefficient is accepted if the locality of its model is at least --keep-locality times the locality of the base model.
+The command picks the accepted coefficient with the highest reliability. If several coefficients are equally reliable,
+the command picks the one nearest to 0. If no coefficient is accepted, or none is more reliable than the base model,
+nothing is picked and no file is written. The scores are printed in every case.
 
 Do not report scores on the edits with which you picked the coefficient. Evaluate the picked delta on other edits:
 kedit eval MODEL OTHER_EDITS --delta picked.safetensors
@@ -45,7 +48,7 @@ COEFFICIENTS = tuple(round(0.1 * i, 1) for i in range(1, 11))
 
 def arguments(parser: ArgumentParser) -> None:
     add = parser.add_argument
-    add("delta", metavar="DELTA", help="a delta file, written by SaveDelta or kedit merge")
+    add("delta", metavar="DELTA", help="a delta: the weight change of an edit, saved by SaveDelta or kedit merge")
     add("model", metavar="MODEL", help="the base model: a checkpoint folder, a hub name, or world")
     add("edits", metavar="EDITS", help="edits to evaluate on: .json, .jsonl, .csv, or world")
     add(
@@ -150,8 +153,8 @@ def _sweep(args: Namespace, points: list[Any]) -> Any:
     from kedit_train.evaluation import EvaluationOptions, evaluate
 
     edits, delta = EditDataset.load(args.edits), EditDelta.load(args.delta)
-    # A delta can be applied only to weights that are bit for bit those before the run, so the model is loaded in the
-    # dtype of the run.
+    # A delta can be applied only to weights that equal the weights before the training run, bit for bit. So the model
+    # is loaded in the dtype of the training run.
     dtype = next((str(c.dtype).removeprefix("torch.") for c in delta.changes.values()), "auto")
     model, tokenizer = load_for(args, args.model, dtype)
     if delta.verify(model) == "edited":
@@ -171,8 +174,8 @@ def _sweep(args: Namespace, points: list[Any]) -> Any:
             missing = next((q for q in ("reliability", "locality") if f"edit/{q}" not in flat), None)
             if missing is not None:
                 raise EditError(
-                    f"{args.edits} contains no {missing} probes, which are needed to pick a coefficient; use edits "
-                    f"with {missing} probes."
+                    f"{args.edits} contains no {missing} questions, which are needed to pick a coefficient; use edits "
+                    "with such questions."
                 )
             reliability = flat["edit/reliability"]
             scores = {"reliability": 1 - reliability if args.forget else reliability, "locality": flat["edit/locality"]}

@@ -49,7 +49,12 @@ def arguments(parser: ArgumentParser) -> None:
     add = parser.add_argument
     add("model", metavar="MODEL", help="the model: a checkpoint folder, a hub name, a .gguf file, or world")
     add("edits", metavar="EDITS", help="edits with rephrases and locality questions: .json, .jsonl, .csv, or world")
-    add("--keep", required=True, metavar="FILE", help="texts on which predictions should stay the same, or world")
+    add(
+        "--keep",
+        required=True,
+        metavar="FILE",
+        help="a file of texts on which predictions should stay the same, or world",
+    )
     add(
         "--budget",
         type=duration,

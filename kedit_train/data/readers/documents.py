@@ -33,7 +33,8 @@ def read(record: Fields) -> list[Edit]:
     lists. The questions become portability questions. If ``questions`` is a list, their kind is "questions".
     ``subject`` and ``locality`` have the same form as in the format "edits", the format of kedit-train.
     """
-    # The text is read first, so that a record of another format is reported with the field that every document has.
+    # Every document has the field "text". This field is read first, so that the error for a record of another format
+    # names this field.
     text = record.answer("text")
     questions = own.probes(record, "questions")
     if list(questions) == ["other"]:
@@ -186,6 +187,6 @@ DOCUMENTS = Format(
     read=read,
     reads=_FIELDS,
     structured=field_names("questions locality"),
-    # Records of MQuAKE have questions, too, but no text.
+    # A document with questions is also recognized as a record of MQuAKE.
     extends=field_names("mquake"),
 )

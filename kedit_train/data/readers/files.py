@@ -17,7 +17,8 @@ from kedit_train.paths import why_no_file
 SUFFIXES = (".json", ".jsonl", ".csv")
 # The keys under which a JSON file may keep its list of records.
 LIST_KEYS = ("data", "records", "edits")
-# The csv module accepts cells of at most 131072 characters by default. This is the largest limit on every platform.
+# By default, the csv module accepts cells of at most 131072 characters. The limit here is the largest limit that is
+# possible on every platform.
 _CELL_LENGTH = 2**31 - 1
 
 
@@ -132,7 +133,8 @@ def read_csv(path: Path) -> list[Any]:
                     continue
                 if len(cells) != len(names):
                     where = f"{path}, record {len(records) + 1} (line {rows.line_num})"
-                    problem = f"the row must have {len(names)} cells, got {len(cells)} (quote texts with commas)"
+                    quotes = "a text with a comma must be in quotes"
+                    problem = f"the row must have {len(names)} cells, got {len(cells)} ({quotes})"
                     records.append(EditError(f"{where}: {problem}; {REMEDY}"))
                     continue
                 row = zip(names, cells, strict=True)

@@ -38,8 +38,8 @@ def one_probe(
 def read_zsre(record: Fields) -> list[Edit]:
     """Read a record of ZsRE.
 
-    ``alt`` is the new answer. ``answers`` are the old answers. The first old answer becomes ``old_target``. ``pred``
-    (the answer of MEND's model) and ``cond`` (a summary in the input syntax of MEND) are not read.
+    ``alt`` is the new answer. ``answers`` are the old answers. The first old answer becomes ``old_target``. Two fields
+    are not read: ``pred`` is the answer of MEND's model, and ``cond`` is a summary in the input syntax of MEND.
 
     References:
         "Fast Model Editing at Scale", arXiv 2110.11309.
