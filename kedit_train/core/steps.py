@@ -81,7 +81,7 @@ class OptimizerSteps:
             handle.remove()
 
     def begin(self, scaler: Any = None) -> None:
-        """Begin a new optimizer step. With a ``scaler``, the last step counts as skipped if no optimizer took it."""
+        """Begin an optimizer step. If a ``scaler`` is given and no optimizer took the last step, count that as skipped."""
         if scaler is not None and self._penalized is not None and not self._stepped_optimizers:
             self.skipped += 1
         self._penalized = None
