@@ -49,7 +49,7 @@ class SubjectPositions:
             real: [rows, length], bool: which positions are tokens and not padding.
 
         Returns:
-            [rows, length], bool, True at the tokens of subjects. A row without the prompt of an edit is True everywhere.
+            [rows, length], bool, True at the tokens of subjects. A row without a prompt of an edit is True everywhere.
         """
         chosen = torch.ones(ids.shape, dtype=torch.bool)
         for row, (own, mask) in enumerate(zip(ids.tolist(), real.tolist(), strict=True)):
