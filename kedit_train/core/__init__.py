@@ -1,4 +1,4 @@
-"""``EditRun`` manages one edit. ``Host`` connects it to the training loop, and ``OutputHead`` to the model."""
+"""Manage one edit (``EditRun``), connect it to a training loop (``Host``), and compute logits (``OutputHead``)."""
 
 from kedit_train.core.host import Host
 from kedit_train.core.output_head import OutputHead, find_language_model

@@ -1,4 +1,4 @@
-"""Check that the scales of PEFT adapters match a checkpoint. The saved weights do not contain the scales."""
+"""Check that the scales of PEFT adapters are those of a checkpoint. The saved weights do not contain the scales."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def adapter_scales(model: nn.Module) -> dict[str, float]:
     """
     scales: dict[str, float] = {}
     for name, module in model.named_modules():
-        # In other modules, such as attention, ``scaling`` is a number.
+        # In adapter layers, ``scaling`` is a dict. In other modules, such as attention, ``scaling`` is a number.
         scaling = getattr(module, "scaling", None)
         for adapter, value in scaling.items() if isinstance(scaling, dict) else ():
             if isinstance(value, int | float):

@@ -47,8 +47,8 @@ def describe_end(run: EditRun, tokenizer: Any, edits: Sequence[Edit], prompt_for
     """Return a text that says whether the training examples end with end-of-text, or None if this is unknown.
 
     If kedit-train has made the examples, the text also says why. Other libraries, such as TRL's ``SFTTrainer``, may add
-    end-of-text to the examples although the unedited model usually continues after a target. In this case, the function
-    warns. It checks this only in the prompt format "plain".
+    end-of-text to the examples although the unedited model usually continues after a target. In the prompt format
+    "plain", the function warns about such examples.
 
     Args:
         run: the run. Its model must be unedited.

@@ -12,9 +12,9 @@ from torch.distributed.tensor import DTensor
 
 from kedit_train.core.drift.shards import local_part, reduce_over_shards
 
-# Number of 64-bit words in a row, if the words of a tensor are arranged in rows. The widths of weight matrices are
-# usually even. The number here is odd, so that a regular change of a matrix (two swapped columns, a flipped sign) is
-# spread over several columns.
+# To compute a checksum, the 64-bit words of a tensor are arranged in rows of this many words. The widths of weight
+# matrices are usually even. The number here is odd, so that a regular change of a matrix, such as two swapped columns,
+# is spread over several columns of this arrangement.
 _WIDTH = 251
 # The summaries of a group of tensors are combined at once, which needs about ten times the memory of the summaries. A
 # group ends when its summaries have more words than this number.

@@ -149,7 +149,7 @@ class Host:
         """
 
     def log_table(self, key: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        """Log a table at the current step."""
+        """Log a table at the current step. ``columns`` contains the names of the columns."""
 
     def wandb_run(self) -> Any | None:
         """Return the W&B run that the loop logs to, or None if this process does not log to W&B."""

@@ -197,8 +197,8 @@ class Integrity:
 
         Raises:
             EditError: a frozen parameter has a gradient, or a parameter in scope was frozen, replaced or converted to
-                another dtype. If a callback has ``constrains`` or ``follows_steps`` set to True, this error is also
-                raised if the scope has changed since the last call without a detected optimizer step.
+                another dtype. If a callback sets ``constrains`` or ``follows_steps``, the error is also raised if the
+                scope has changed since the last call, although no optimizer step was detected.
         """
         if not self._started:
             self.start()

@@ -71,7 +71,7 @@ def _warn_about_checkpoint(run: RunState) -> None:
     if run.host.resumed or not run.host.is_main or not isinstance(name, str) or not name:
         return
     folder = Path(name)
-    # If a process was killed while it saved, the state is next to the folder.
+    # If a process was killed while it saved the checkpoint, the state file is next to the folder.
     if not (folder / FILE).is_file() and not (folder.parent / f"{folder.name}-{FILE}").is_file():
         return
     step, steps = _progress(folder)

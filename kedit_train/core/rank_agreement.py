@@ -16,7 +16,8 @@ from kedit_train.core.resume import changes_training, named_callbacks
 from kedit_train.core.state import RunState
 from kedit_train.errors import EditError
 
-# These arguments may differ, because only one process prints and writes, and each machine has its own folders.
+# An argument may differ between processes if the last word of its name is one of these. Only one process prints and
+# writes, and each machine has its own folders.
 _LOCAL = ("show", "edits", "license", "path", "dir")
 
 

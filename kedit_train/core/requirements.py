@@ -1,6 +1,6 @@
 """Check that every callback finds what it requires, and that no two callbacks conflict.
 
-Callbacks name the metrics and capabilities that they require. They do not name the classes that provide these.
+A callback names the metrics and capabilities that it requires, but not the classes of the callbacks that provide them.
 """
 
 from __future__ import annotations

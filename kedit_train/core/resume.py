@@ -15,7 +15,7 @@ from kedit_train.core.fsdp import full_tensor, shard_like
 from kedit_train.core.state import RunState
 from kedit_train.errors import EditError, warn
 
-# Version 0.1 wrote states without this number and with other keys.
+# The format of the state of an edit. Version 0.1 of kedit-train wrote states without this number and with other keys.
 FORMAT = 2
 _KINDS = {"reference": Mapping, "callbacks": Mapping, "settings": Mapping, "binding": list}
 

@@ -143,7 +143,7 @@ class EditRun(RunState):
                 self._begin()
         if not self.has_attached(callback):
             self._attached.add(id(callback))
-            reshard(self.root)  # The callback before may have run the model.
+            reshard(self.root)  # The previous callback may have run the model.
             with reported_by(type(callback).__name__):
                 callback.attach(self)
                 if callback in self._saved_states:

@@ -81,7 +81,7 @@ class OptimizerSteps:
             handle.remove()
 
     def begin(self, scaler: Any = None) -> None:
-        """Begin a new optimizer step. With a ``scaler``, the last step counts as skipped if no optimizer took it."""
+        """Begin a step. With a ``scaler``, the last announced step counts as skipped if no optimizer has taken it."""
         if scaler is not None and self._penalized is not None and not self._stepped_optimizers:
             self.skipped += 1
         self._penalized = None

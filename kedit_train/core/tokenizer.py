@@ -24,8 +24,8 @@ def find_tokenizer(given: Any | None, model: Any) -> Any:
         EditError: no tokenizer can be loaded, or ``given`` is not a tokenizer, a name or a path.
     """
     if callable(given):
-        # The processor of a vision-language model contains a tokenizer. Some tokenizers (of mistral-common, and of
-        # remote code) have an attribute of the same name, which cannot be called.
+        # The processor of a vision-language model has a tokenizer as its attribute ``tokenizer``. Some tokenizers (of
+        # mistral-common, and of remote code) also have an attribute with this name, but it cannot be called.
         inner = getattr(given, "tokenizer", None)
         return inner if callable(inner) else given
     name = given or getattr(getattr(model, "config", None), "_name_or_path", "")

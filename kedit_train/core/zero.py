@@ -111,8 +111,8 @@ class ZeroSteps:
         kept = {name: parameter.grad for name, parameter in scope.items()}
         for parameter in scope.values():
             parameter.grad = parameter.get_full_hp_grad().to(parameter.dtype)
-            # Other code may have written into the weights since the last step. DeepSpeed would overwrite them with its
-            # fp32 copy, so the copy is updated.
+            # Other code may have changed the weights since the last step. DeepSpeed would overwrite the changed weights
+            # with its fp32 copy, so the copy is updated here.
             parameter.set_full_hp_param(parameter.detach())
         run.steps.pre_hook(self._groups, (), {})
         gradients = {name: parameter.grad for name, parameter in scope.items()}
@@ -121,7 +121,7 @@ class ZeroSteps:
         if any(gradient is not None for gradient in gradients.values()):
             self._step(*args, **kwargs)
         else:
-            # A callback has skipped this step by removing all gradients, so those of DeepSpeed are removed, too.
+            # A callback has skipped this step by removing all gradients, so DeepSpeed's own gradients are removed, too.
             self._zero.zero_grad(set_to_none=True)
             for found in (self._zero.averaged_gradients, self._zero.all_grad_tensors):
                 found.update(dict.fromkeys(found))

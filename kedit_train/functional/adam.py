@@ -24,9 +24,10 @@ class AdamAverages:
         squares: average squared gradient by name, without bias correction.
         loss: average loss, without bias correction.
         steps: number of updates.
-        momentum: decay rate of the averages of gradients and loss. With 0, they are those of the last step.
-        by_column: whether the entries of a column of a matrix share their average squared gradient. A step then has the
-            direction of the gradient within each column.
+        momentum: decay rate of the averages of gradients and loss. With 0, the averages are the gradients and the loss
+            of the last step.
+        by_column: if True, all entries in a column of a matrix share one average squared gradient. Within each column,
+            a step then has the direction of the average gradient.
         floor: added to the divisor of each entry, as a fraction of the mean of the divisors. A higher floor moves
             entries with small gradients less.
 
@@ -54,7 +55,7 @@ class AdamAverages:
 
         Args:
             gradients: gradient by name.
-            loss: the loss whose gradients are given.
+            loss: the loss from which the gradients were computed.
             mean: function that returns the mean of all entries of a tensor. For sharded tensors, pass a function that
                 takes the mean over all shards.
 

@@ -1,7 +1,7 @@
 """A linear projection whose gradients are summed in fp32 over all chunks of tokens.
 
 If the gradient of each chunk were rounded to half precision before the sum, training would be biased. TRL's fused head
-also sums in fp32. With a half-precision sum, the weights would differ from those of TRL after the first step.
+also sums in fp32. A half-precision sum would therefore give other weights than TRL, already after the first step.
 """
 
 from __future__ import annotations
@@ -51,7 +51,10 @@ class GradientSums:
             _COLLECTING.reset(token)
 
     def of(self, tensor: Tensor) -> Tensor | None:
-        """Return the gradient sum of a tensor (at first zeros), or None if the tensor is not one of ``tensors``."""
+        """Return the gradient sum of a tensor, or None if the tensor is not one of ``tensors``.
+
+        Before a gradient is added, the sum is zero.
+        """
         place = self._places.get(id(tensor))
         return None if place is None else self._sum(place)
 
@@ -158,7 +161,8 @@ def _to_hidden(grad: Tensor, weight: Tensor, dtype: torch.dtype, widen: bool) ->
     """Return the gradient of the hidden states, ``grad @ weight`` [n, d]. The weight is first rounded to ``dtype``."""
     if not widen:
         return grad @ weight.to(dtype)
-    # Only CUDA can multiply half-precision matrices with a result in fp32. Other devices need a conversion first.
+    # On CUDA, torch can multiply half-precision matrices and return the product in fp32. On other devices, the matrices
+    # are converted to fp32 first.
     if grad.is_cuda:
         return torch.mm(grad, weight.to(dtype), out_dtype=torch.float32)
     total = torch.zeros(len(grad), weight.shape[1], device=grad.device)

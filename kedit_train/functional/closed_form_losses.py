@@ -20,10 +20,11 @@ from kedit_train.functional.precision import wide
 # Number of values in one block, which take 4 MiB in fp32.
 _BLOCK = 2**20
 
-# Takes logits [n, V] in fp32 or fp64 and rows [n, ...]. Returns outputs (loss, statistics) [n], and kept tensors [n,
-# ...].
+# The arguments are logits [n, V] in fp32 or fp64, and rows [n, ...]. The result is a pair: the outputs [n] (the loss,
+# then statistics), and the tensors [n, ...] that are kept for the gradient.
 Value = Callable[..., tuple[tuple[Tensor, ...], tuple[Tensor, ...]]]
-# Takes out [n, V], logits [n, V], rows [n, ...] and kept tensors [n, ...]. Writes into out.
+# The arguments are out [n, V], logits [n, V], rows [n, ...] and the kept tensors [n, ...]. The gradient is written into
+# out.
 Gradient = Callable[..., None]
 
 

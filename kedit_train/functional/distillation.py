@@ -41,8 +41,8 @@ def distillation(
 
     def value(z: Tensor, y: Tensor, reference: Tensor, top: Tensor, is_taught: Tensor) -> tuple[Any, Any]:
         log_z = z.logsumexp(-1, keepdim=True)
-        # All other tokens are summed directly, because 1 minus the probability of the top tokens would lose small
-        # values.
+        # The probabilities of all other tokens are summed directly. The difference of 1 and the probability of the top
+        # tokens would lose small values to rounding.
         rest = z.scatter(-1, top, -torch.inf).logsumexp(-1, keepdim=True) - log_z
         p_log, q_log = reference.to(z.dtype), torch.cat([z.gather(-1, top) - log_z, rest], dim=-1)
         # Where the teacher's probability is zero, the difference may be NaN.

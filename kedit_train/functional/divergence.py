@@ -86,8 +86,8 @@ def token_divergence(reference_logits: Tensor, logits: Tensor, *, direction: Dir
     return rowwise(value, gradient, logits, reference_logits)[0]
 
 
-# In the functions below, z are the logits of the model, in fp32 or fp64, and q are their probabilities. ``reference``
-# are the logits of the reference model, in the dtype in which they are stored, and p are their probabilities.
+# In the functions below, z contains the logits of the model in fp32 or fp64, and q the probabilities of the model.
+# ``reference`` contains the stored logits of the reference model, in any dtype, and p the probabilities of this model.
 
 
 def _forward_value(z: Tensor, reference: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:

@@ -1,8 +1,9 @@
-"""Compute dual keys: each has the inner product 1 with its own key, 0 with other keys, and hardly any with texts.
+"""Compute dual keys: vectors whose inner product is 1 with one input of a layer, and 0 or small with other inputs.
 
 A linear layer computes ``y = W k``. Its input k is also called a key. A weight change ``v aᵀ`` adds ``v (aᵀ k)`` to the
-output. If a is the dual key of a key k, then ``aᵀ k`` is 1, so the change adds v to the output for this key. For the
-other given keys, ``aᵀ k`` is 0, and for the inputs on other texts, it is small.
+output. If a is the dual key of k, then ``aᵀ k`` is 1, so the change adds v to the output for this key. The inner
+product of a with every other given key is 0, so the outputs for these keys do not change. The inner products of a with
+the layer's inputs on other texts are small.
 
 References:
     "Locating and Editing Factual Associations in GPT", arXiv 2202.05262 (keys and values of a linear layer).
@@ -16,19 +17,20 @@ from torch import Tensor
 
 from kedit_train.functional.precision import widest
 
-# Added to the diagonal of the matrix of products between keys, as a fraction of the mean of its diagonal. Equal keys,
-# such as those of two edits with the same subject, then share one dual key, and no matrix is singular.
+# This fraction of the mean of the diagonal is added to the diagonal of the matrix of products between keys. Otherwise,
+# the matrix would be singular if two keys are equal, for example the keys of two edits with the same subject.
 _RIDGE = 1e-3
 
 
 class DampedMoment:
-    """The matrix ``A + damping t I``, factorized once. t is the median of the diagonal of A.
+    """The damped second moment ``A + damping t I`` of a layer's inputs, factorized once.
 
-    The median is used because the mean depends mostly on a few large inputs at the first token (an attention sink).
+    A is the second moment, and t is the median of the diagonal of A. The median is used because the mean depends mostly
+    on a few large inputs at the first token (an attention sink).
 
     Args:
         moment: A, the second moment of the inputs on other texts, [d, d], symmetric and positive semi-definite.
-        damping: above 0.
+        damping: the factor of ``t I``, above 0.
 
     Raises:
         ValueError: at least half of the diagonal of the moment is zero, or a value is not finite.
@@ -38,7 +40,7 @@ class DampedMoment:
         exact = widest(moment)
         scale = float(exact.diagonal().median())
         if not 0.0 < scale < float("inf"):
-            raise ValueError(f"the median of the diagonal of the second moment is {scale:g}")
+            raise ValueError(f"the median of the diagonal of the second moment must be > 0 and finite, got {scale:g}")
         identity = torch.eye(len(exact), dtype=exact.dtype, device=exact.device)
         self._factors = torch.linalg.lu_factor(exact + damping * scale * identity)
 
@@ -48,20 +50,21 @@ class DampedMoment:
 
 
 def dual_keys(keys: Tensor, moment: DampedMoment) -> tuple[Tensor, Tensor]:
-    """Return the dual key of every key, and how much it changes the outputs on other texts.
+    """Return the dual key of every key, and how much a change along each dual key changes the outputs on other texts.
 
-    The inner product of a dual key with its own key is 1, and with the other given keys 0. Among all such vectors a, it
-    has the smallest ``aᵀ M a``. M is the damped moment. n equal keys share one dual key, whose product with them is
-    1 / n.
+    The inner product of a dual key with its own key is 1, and with every other given key 0. Among all vectors a with
+    these inner products, the dual key has the smallest ``aᵀ M a``, where M is the damped moment. If m keys are equal,
+    they have the same dual key, and its inner product with each of them is 1 / m.
 
     Args:
         keys: n keys, [n, d].
         moment: the damped second moment of the inputs on other texts.
 
     Returns:
-        Two tensors in the dtype of the keys, which are computed in fp64. The dual keys, [n, d], and the root of
-        ``aᵀ M a`` for each of them, [n]. If v has the norm 1, a weight change ``v aᵀ`` changes the outputs on the texts
-        by this root mean square (with the damping). For a key that is zero, it is a tiny number.
+        Two tensors, computed in fp64 and returned in the dtype of the keys: the dual keys, [n, d], and the root of
+        ``aᵀ M a`` for each dual key a, [n]. If v has the norm 1, this root is the root mean square by which a weight
+        change ``v aᵀ`` changes the outputs on the texts, including the damping. For a key that is zero, the root is a
+        tiny number above 0.
 
     Raises:
         ValueError: all keys are zero, or a key is not finite.
@@ -91,9 +94,10 @@ def dual_keys(keys: Tensor, moment: DampedMoment) -> tuple[Tensor, Tensor]:
 def distinctness(keys: Tensor, moment: DampedMoment) -> Tensor:
     """Return how much each key differs from the inputs on other texts.
 
-    The result is ``kᵀ M⁻¹ k / d``, where M is the damped moment. Its mean over the inputs on the texts is at most 1. If
-    the result is large, a weight change along the dual key of k hardly changes the outputs on the texts. If it is far
-    below 1, as at an attention sink, many tokens of the texts have nearly the same input.
+    The result for a key k is ``kᵀ M⁻¹ k / d``, where M is the damped moment. For the inputs on the texts themselves,
+    the mean of this value is at most 1. If the value of a key is large, a weight change along its dual key hardly
+    changes the outputs on the texts. If the value is far below 1, many tokens of the texts have nearly the same input
+    as this key, for example at an attention sink.
 
     Args:
         keys: n keys, [n, d].

@@ -49,7 +49,7 @@ def ascend(hidden: Tensor, value: Callable[[Tensor], Tensor], *, step_size: floa
         for _ in range(steps):
             point = (center + change).to(start.device, torch.float32).requires_grad_()
             (gradient,) = torch.autograd.grad(value(point).sum(), point)
-            # A gradient that is not finite moves nothing.
+            # Entries of the gradient that are not finite are set to 0, so that they move nothing.
             finite = torch.nan_to_num(widest(gradient), nan=0.0, posinf=0.0, neginf=0.0)
             change = within_norm(change + step_size * finite, limit)
     return round_inward(start, change)
@@ -63,11 +63,12 @@ def within_norm(change: Tensor, limit: Tensor) -> Tensor:
         limit: [N, 1] in fp64, 0 or more.
     """
     change = torch.nan_to_num(change)
-    # The squares of entries above 1e154 overflow, so the norm is that of a row whose largest entry is 1.
+    # The squares of entries above 1e154 overflow. Therefore, each row is first scaled to a largest entry of 1, and the
+    # norm of the scaled row is computed.
     largest = change.abs().amax(dim=-1, keepdim=True).clamp(min=1e-300)
     unit = change / largest
     norm = unit.norm(dim=-1, keepdim=True)
-    # With the margin, the norm is at most the limit for any order of summation.
+    # With the margin of 1e-12, the norm of the result is at most the limit, in whatever order the squares are summed.
     return torch.where(norm * largest > limit, unit * (limit / norm.clamp(min=1e-300) * (1 - 1e-12)), change)
 
 

@@ -1,4 +1,4 @@
-"""Compare activations with stored keys: a position matches a key if it lies within the radius of the key.
+"""Compare hidden states with stored keys. A state matches a key if their distance is at most the radius of the key.
 
 References:
     "Aging with GRACE: Lifelong Model Editing with Discrete Key-Value Adaptors", arXiv 2211.11031.

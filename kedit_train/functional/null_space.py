@@ -22,9 +22,11 @@ from torch import Tensor
 
 from kedit_train.functional.precision import full_precision, widest
 
-# Number of vectors in the sketch of a gradient, and how many of them must depend on the others for a low rank.
+# Number of vectors in the sketch of a gradient. If the last _SPARE of these vectors are linear combinations of the
+# others, the gradient has a low rank.
 _SKETCH, _SPARE = 64, 8
-# Largest relative size of the dependent vectors. In fp32, it is about 1e-7.
+# A vector counts as a linear combination of others if its part outside of their span has at most this relative size. In
+# fp32, rounding alone gives a relative size of about 1e-7.
 _ROUNDING = 1e-6
 
 
@@ -187,7 +189,7 @@ def project_gradient_free(gradient: Tensor, space: FreeSpace) -> Tensor:
     with full_precision(gradient.device.type):
         span, triangle = torch.linalg.qr(gradient @ _random_vectors(gradient.shape[1]).to(gradient))
         sizes = triangle.diagonal().abs()
-        # If the last vectors of the sketch depend on the first ones up to rounding, then the sketch spans the gradient.
+        # If the last vectors of the sketch are linear combinations of the first ones, the sketch spans the gradient.
         if not bool(sizes[-_SPARE:].max() <= _ROUNDING * sizes.max()):
             return project_free(gradient, space)
         return span @ project_free(span.T @ gradient, space)

@@ -130,8 +130,8 @@ def overtone_statistics(
     def value(z: Tensor, y: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         top, shifted, label = shifted_logits(z, y, size)
         mean = shifted.sum(-1) / size
-        # The sums use distances to the maximum, which is only a few standard deviations away from most logits. No
-        # digits are lost, and two plain passes are faster than torch.std.
+        # The sums use distances to the maximum. Most logits are only a few standard deviations below the maximum, so no
+        # digits are lost. Two plain passes are faster than torch.std.
         square = torch.linalg.vector_norm(shifted, dim=-1).square() - size * mean.square()
         bound = -n_sigma * (square.clamp(min=0.0) / max(1, size - 1)).sqrt()
         # If all logits are equal, or their spread is NaN, the filter keeps the greatest logits.
@@ -171,8 +171,8 @@ def overtone_statistics(
         subtract_label(out, y, own, active)
 
     if label_weight == 1.0:
-        # These are the same bits as torch's cross-entropy. In half precision, a rounding error would change the logged
-        # loss.
+        # Here the loss must equal torch's cross-entropy bit for bit. Otherwise, a rounding error would change the
+        # logged loss in half precision.
         with torch.no_grad():
             _, _, *statistics = rowwise(value, gradient, logits, labels)
         return *clipped(F.cross_entropy(wide(logits), labels, reduction="none"), epsilon), *statistics

@@ -74,7 +74,7 @@ def inverse_root(moment: Tensor, damping: float) -> Tensor:
     exact = widest(moment)
     scale = float(exact.diagonal().mean())
     if not 0.0 < scale < float("inf"):
-        raise ValueError(f"the mean of the diagonal of the second moment is {scale:g}")
+        raise ValueError(f"the mean of the diagonal of the second moment must be > 0 and finite, got {scale:g}")
     values, vectors = torch.linalg.eigh(exact / scale)
     # Rounding can make the smallest eigenvalues slightly negative.
     roots = (values.clamp_min(0.0) + damping).rsqrt()

@@ -1,4 +1,4 @@
-"""Divergence from a reference distribution. Only its k most probable tokens are stored."""
+"""Divergence from a reference distribution of which only the k most probable tokens are stored."""
 
 from __future__ import annotations
 

@@ -35,7 +35,8 @@ def keep_frozen(model: nn.Module, frozen: Iterable[nn.Parameter]) -> list[Any]:
     frozen_ids = {id(p) for p in frozen}
     handles: list[Any] = []
     for module in model.modules():
-        # The hook is on the layer, because the modules of magnitudes and of embedding factors are never called.
+        # The hook is on the layer, because the submodules that hold DoRA magnitudes or embedding factors are never
+        # called.
         if isinstance(module, BaseTunerLayer) and isinstance(module, nn.Module):
             names = [name for name, p in module.named_parameters() if id(p) in frozen_ids]
             if names:

@@ -14,7 +14,7 @@ _ENDINGS = ("_g", "_v", "_orig")
 
 @dataclass(frozen=True)
 class ComputedWeight:
-    """A weight that is not a parameter itself.
+    """A weight that is not a parameter, because torch computes it from other parameters.
 
     Attributes:
         name: the name that the weight would have as a parameter.

@@ -20,8 +20,8 @@ def save_masks(path: str | Path, masks: Mapping[str, Tensor], model: str | None 
     Args:
         path: path of the file.
         masks: name -> bool tensor.
-        model: a fingerprint of the model that the masks were made for. :func:`load_masks` warns if the masks are loaded
-            for a model with another fingerprint. None stores no fingerprint.
+        model: a fingerprint of the model for which the masks were made. :func:`load_masks` warns if the masks are
+            loaded for a model with another fingerprint. None stores no fingerprint.
 
     Raises:
         EditError: the file cannot be written.
@@ -41,9 +41,9 @@ def load_masks(
     Args:
         path: path of a safetensors file with one bool tensor per parameter.
         shapes: name -> shape of every parameter in the scope. None skips the comparison.
-        model: function that takes the loaded masks and returns the fingerprint of the current model. The masks
-            tell it which entries are frozen. If ``model`` is None or the file contains no fingerprint, the models are
-            not compared.
+        model: function that takes the loaded masks and returns the fingerprint of the current model. From the masks,
+            the function knows which entries are frozen. If ``model`` is None or the file contains no fingerprint, the
+            models are not compared.
 
     Returns:
         name -> bool tensor.

@@ -141,7 +141,7 @@ def choose_masks(
     Args:
         model: the model that contains the parameters.
         scores: name -> scores in the shape of the parameter.
-        on_texts: name -> Fisher information on texts. The scores are divided by it. None skips the division.
+        on_texts: name -> Fisher information on texts, by which the scores are divided. None skips the division.
         density: fraction of the entries, rows or columns that stay trainable.
         granularity: whether a mask selects single entries ("element"), whole rows ("row") or whole columns ("column").
             For rows and columns, the scores and the Fisher information are first averaged over each row or column.

@@ -15,8 +15,8 @@ from kedit_train.edit import Edit
 class SubjectPositions:
     """Finds the positions of the subjects of edits in rows of token ids.
 
-    A row belongs to an edit if its text contains the prompt of the edit. The prompt may be inside of a chat template or
-    after other text, and a packed row can contain several prompts.
+    A row is one sequence of a batch, and belongs to an edit if its text contains the prompt of the edit. The prompt may
+    be inside of a chat template or after other text, and a packed row can contain several prompts.
 
     If the first token of a row contains the whole subject, all tokens of the prompt count as subject tokens. In most
     models, the hidden states at the first position hardly depend on the token (an attention sink), so an edit cannot be
@@ -49,7 +49,7 @@ class SubjectPositions:
             real: [rows, length], bool: which positions are tokens and not padding.
 
         Returns:
-            [rows, length], bool. A row without the prompt of an edit is True everywhere.
+            [rows, length], bool, True at the tokens of subjects. A row without a prompt of an edit is True everywhere.
         """
         chosen = torch.ones(ids.shape, dtype=torch.bool)
         for row, (own, mask) in enumerate(zip(ids.tolist(), real.tolist(), strict=True)):

@@ -24,8 +24,8 @@ from kedit_train.functional.labels import IGNORE_INDEX
 
 # Sequences per forward pass of the unedited model.
 BATCH_SIZE = 16
-# A warning is issued if none of the first 32 training examples is an edit. With fewer than 8 edits, the limit is four
-# examples per edit.
+# A warning is issued if none of the first 32 training examples contains an edit. With fewer than 8 edits, only the
+# first 4 * (number of edits) examples are read before the warning.
 EXAMPLES_WITHOUT_EDIT = 32
 
 

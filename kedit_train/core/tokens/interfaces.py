@@ -18,8 +18,8 @@ Objective = Callable[..., tuple[Tensor, ...]]
 # targets of the N supervised tokens: tensors [N, ...].
 SoftTargets = Callable[[Mapping[str, Any]], tuple[Tensor, ...]]
 Reduction = Literal["token", "sample"]
-# Which distribution scores a token. "own": the one that predicts this token. "first": the one that predicts the first
-# supervised token of its sequence.
+# The distribution from which the loss of a token is computed. "own": the distribution that predicts this token.
+# "first": the distribution that predicts the first supervised token of the sequence.
 Position = Literal["own", "first"]
 
 

@@ -118,11 +118,11 @@ class LossHead:
         Until this method is called, the objective is cross-entropy, as in the training frameworks.
 
         Args:
-            objective: function that scores tokens.
+            objective: function that returns the loss of each token. ``Objective`` describes its arguments.
             reduction: "token" gives every supervised token the same weight, as the training frameworks do. "sample"
                 gives every sequence the same weight.
-            position: "own" scores each token with the distribution that predicts this token. "first" scores all tokens
-                of a sequence with the distribution that predicts its first supervised token.
+            position: "own" computes the loss of each token from the distribution that predicts this token. "first"
+                computes the losses of all tokens of a sequence from the distribution that predicts the first one.
             observe: function that is called after each micro-batch. Its arguments are tensors [N]: first ``active``
                 (whether the objective counts the token in the loss), then the loss, then the statistics of the
                 objective.
@@ -239,7 +239,7 @@ class LossHead:
         if self.reduction == "sample":
             left_out = len(call.left_out.examples)
             weights = sequence_weights(where, call.positions, left_out=left_out, shares=shares)
-            # TRL divides its sum by the count.
+            # TRL divides the sum of the losses by the count, so the weights are multiplied by the count here.
             return (weights * count if call.fused else weights)[where]
         return (where if call.fused else where / count)[where]
 

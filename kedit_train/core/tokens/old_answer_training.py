@@ -1,4 +1,4 @@
-"""Train the model on the old answers. ``ForgetFirst`` then subtracts the weight change from the model."""
+"""Train the model on the answers from before the edit. ``ForgetFirst`` then subtracts the weight change."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ from kedit_train.functional.labels import IGNORE_INDEX
 @dataclass(frozen=True, kw_only=True)
 class ForgetTraining:
     """How ``ForgetFirst`` trains on the old answers: Adam with a constant learning rate, without dropout.
+
+    An old answer is the answer that the model gives to the prompt of an edit before the edit.
 
     Args:
         epochs: number of passes over the old answers.
