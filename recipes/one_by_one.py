@@ -201,7 +201,8 @@ def check(given: argparse.Namespace) -> None:
         )
     if not given.plain and given.texts is None and (given.model, given.edits) != (world.NAME, world.NAME):
         raise EditError(
-            "--texts is missing; give a file of texts on which your model should not change (.txt, one text per line). "
+            "--texts is missing; give a file of texts on which the predictions of your model should not change "
+            "(.txt, one text per line). "
             "The bundled texts fit only the bundled model and edits."
         )
     for name in (DELTA, REPORT, PAGE, PICTURE):

@@ -145,7 +145,10 @@ class ForgettingBudget(EditCallback):
             raise EditError(f'measured_on="{self.measured_on}" needs {owner}, which is missing; add {owner}.')
         if len(found) > 1:
             on = [penalty.measured_on for penalty in found]
-            several = f"there are {len(found)} penalties, measured on {' and '.join(on)}, but only one can be adapted"
+            several = (
+                f"only one penalty can be adapted, but this run has {len(found)}: "
+                f"{', '.join(f'{_OWNERS[kind]} (measured on {kind})' for kind in on)}"
+            )
             advice = "set measured_on= to choose one" if len(set(on)) > 1 else "keep only one of the penalties"
             raise EditError(f"{several}; {advice}.")
         (penalty,) = found

@@ -77,8 +77,8 @@ class NullSpace(EditCallback):
             runs).
         sequential: whether consecutive runs of this callback object on one model preserve the edits of earlier runs. If
             a later run edits a prompt again, the earlier edit of this prompt is no longer preserved. Only the first run
-            reads the texts. Every later run reads the edits of the previous run, or of all earlier runs if it edits a
-            prompt again. A LoRA adapter cannot be trained in several runs.
+            reads the texts. A later run only reads the edits of the run before it. If it edits a prompt again, it reads
+            the edits of all earlier runs instead. A LoRA adapter cannot be trained in several runs.
         factors_path: a ``.safetensors`` file for the statistics of ``texts``. If the file exists, the statistics are
             read from it. If it does not exist, the statistics are computed and written to it. A file of
             ``LowCurvature`` can also be used. A file is valid only for the weights, texts and ``limit`` with which it

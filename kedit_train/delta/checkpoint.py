@@ -76,8 +76,8 @@ def _jobs(
         )
     if missing is not None:
         raise EditError(
-            f"the checkpoint has no tensor {missing!r}, so the delta belongs to another model; use a checkpoint of the "
-            "model for which the delta was made."
+            f"the model has no tensor {missing!r}, which the delta changes, so the delta was made for another model; "
+            "use the model for which the delta was made."
         )
     jobs: dict[Path, dict[str, tuple[Span, Change]]] = {}
     for name, change in changes.items():

@@ -244,7 +244,7 @@ def test_a_weight_below_the_smallest_weight_changes_by_the_same_factor(make, wor
         ([ForgettingBudget(), *both()], r"there are 2 penalties, .* only one can be adapted; set measured_on="),
         (
             [ForgettingBudget(measured_on="texts"), KLLocality(TEXTS), KLLocality(TEXTS, weight=1.0)],
-            r"there are 2 penalties, measured on texts and texts, .* can be adapted; keep only one of the penalties",
+            r"only one penalty can be adapted, but this run has 2: .*; keep only one of the penalties",
         ),
         ([ForgettingBudget(measured_on="batch"), KLLocality(TEXTS)], 'measured_on="batch" needs BatchAnchor'),
         ([ForgettingBudget(measured_on="texts"), BatchAnchor()], 'measured_on="texts" needs KLLocality'),

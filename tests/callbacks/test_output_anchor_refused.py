@@ -52,8 +52,12 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str]] = {
         {"output": lambda output: output.forecast},
         r"the function output= failed for the output of Forecaster for inputs\[0\] \(AttributeError: .*'forecast'",
     ),
-    "an index of a tensor": (made, {"output": 0}, "is a tensor, so output must be None or a function, got 0; leave "),
-    "a name in a tensor": (made, {"output": "p"}, "is a tensor, so output must be None or a function, got 'p'; leave "),
+    "an index of a tensor": (made, {"output": 0}, "is a tensor, so output= must be None or a function, got 0; leave "),
+    "a name in a tensor": (
+        made,
+        {"output": "p"},
+        "is a tensor, so output= must be None or a function, got 'p'; leave ",
+    ),
     "integers": (made, {"output": lambda output: output.long()}, "got a tensor of torch.int64"),
     "NaN": (made, {"inputs": [torch.full((2, 6), float("nan"))]}, r"inputs\[0\] contains NaN or infinite values"),
     "no module": (

@@ -100,7 +100,7 @@ def test_control_characters_in_a_file_are_escaped(kedit: Kedit, tmp_path: Path) 
     assert r"license \x1b]0;owned\x07" in output
     assert r"w\x1b[2J\x07" in output
     _, _, err = kedit("apply", file, "world", tmp_path / "out")
-    assert r"the checkpoint has no tensor 'w\x1b[2J\x07'" in err
+    assert r"the model has no tensor 'w\x1b[2J\x07'" in err
 
 
 def test_show_of_a_few_entries_of_a_huge_matrix_takes_seconds(kedit: Kedit, tmp_path: Path) -> None:

@@ -61,7 +61,7 @@ def test_a_checkpoint_of_another_model_is_refused_before_anything_is_written(mak
     for name, message in [
         ("edited", "the delta is already applied"),
         ("half", "is bfloat16 .* in the model and float32"),
-        ("short", f"the checkpoint has no tensor '{DOWN}'"),
+        ("short", f"the model has no tensor '{DOWN}'"),
         ("nowhere", "does not exist; give the folder"),
     ]:
         with pytest.raises(EditError, match=message):

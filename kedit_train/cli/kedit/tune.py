@@ -108,8 +108,8 @@ def run(args: Namespace) -> int:
     page = new_path(args.html, force=args.force, ending=".html") if args.html else None
     if sweep is not None and out.resolve() in (sweep.resolve(), sweep.with_name(f"{sweep.stem}_recipe.yaml").resolve()):
         raise EditError(
-            f"--wandb {sweep} would replace the recipe {out}, which --out writes; choose another file name for --wandb "
-            "or --out."
+            f"--wandb {sweep} writes a sweep and a recipe, and one of these files would replace the recipe {out}, "
+            "which --out writes; choose another file name for --wandb or --out."
         )
     from kedit_train.cli.kedit.checkpoints import load_for
     from kedit_train.core.gate.adapter_source import adapted_base

@@ -126,7 +126,7 @@ class ModelOutputs:
             got += f" (the output is a tuple of {len(value)})"
         elif isinstance(value, Tensor) and chosen is None:
             raise EditError(
-                f"the {kind} is a tensor, so output must be None or a function, got {wanted!r}; leave output out."
+                f"the {kind} is a tensor, so output= must be None or a function, got {wanted!r}; leave out output=."
             )
         raise EditError(
             f"output must select a tensor of floats from the {kind}, got {got}; set output= to a name, an index or a "

@@ -106,8 +106,9 @@ class PromptBatch:
     def logits_of_targets(self, rows: Sequence[int], targets: Sequence[Sequence[int]]) -> list[Tensor]:
         """Run the model on targets that continue the prompts, and return the logits after each target token.
 
-        Call :meth:`next_logits` first, so that the cache contains the prompts. The model reads the targets with a copy
-        of this cache, and the batch does not change. :func:`can_pad` must be True for the model.
+        Call :meth:`next_logits` first, so that the cache contains the prompts. The model continues from
+        a copy of the cache, so this call does not change the cached prompts. :func:`can_pad` must be True for the
+        model.
 
         Args:
             rows: for each target, the index of its prompt in the batch. Several targets may have the same prompt.
