@@ -1,4 +1,4 @@
-"""Choose study rows (texts that the model wrote about the documents), until they have a given number of tokens."""
+"""Draw study rows (training texts about documents) at random, until they have a given number of tokens."""
 
 from __future__ import annotations
 

@@ -53,9 +53,9 @@ class EvaluationOptions:
               much as all other metrics together.
             - "retrieval" measures a baseline: the unedited model answers all prompts, with the new fact written in
               front of each prompt. It doubles the cost of the unedited model's evaluation.
-            - "overlap" compares the generated text with the whole target (ROUGE-L), for the prompt and its rephrases.
-              It is meant for targets of several sentences, such as documents. For each prompt, it needs one more
-              answer, which is as long as the target.
+            - "overlap" measures the ROUGE-L overlap of the generated text with the whole target, for each edit's prompt
+              and its rephrases. It is meant for targets of several sentences, such as documents. For each prompt and
+              each rephrase, it needs one more answer, which is about as long as the target.
         protocol: how answers are judged: "leading", "exact", "contains", "wild", "teacher_forced" or "probability", or
             a list of them. :mod:`kedit_train.evaluation.scoring.protocols` explains each protocol. In a list, the
             first protocol gives the headline scores (the scores that a report shows first). For chat and question

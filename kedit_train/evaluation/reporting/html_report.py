@@ -36,8 +36,8 @@ def render_html(report: ReportData, answers: int, norms: Mapping[str, Mapping[st
 
     Args:
         report: the report.
-        answers: maximum number of rows per table of answers. The three tables show the edits, the rephrased
-            prompts without the new answer, and the locality prompts with a changed answer.
+        answers: maximum number of rows in each of three tables. They show the edits, the rephrased prompts to which the
+            model does not give the new answer, and the locality prompts whose answer the edit changed.
         norms: the norms of the weight change per tensor, as ``EditDelta.norms`` returns them. Default: the norms that
             the evaluation measured, if it was given the weights before the edit.
     """

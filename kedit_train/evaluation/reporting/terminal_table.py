@@ -38,7 +38,7 @@ def render_report(report: ReportData, answers: int) -> Group:
     if len(positions) > 1:
         shares = " ".join(f"{scores['accuracy'].value:.2f}" for scores in list(positions.values())[:8])
         more = " …" if len(positions) > 8 else ""
-        parts.append(Text(f"target tokens ranked first, by position: {shares}{more}", style="dim"))
+        parts.append(Text(f"fraction of target tokens ranked first, by position: {shares}{more}", style="dim"))
     compared = report.unedited is not None
     for title, results in answer_lists(report) if answers > 0 else ():
         heading = f"{title} ({min(answers, len(results))} of {len(results)})"
