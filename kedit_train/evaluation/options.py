@@ -46,7 +46,7 @@ class EvaluationOptions:
             - "format" measures generality with the prompt in another form: an incomplete sentence becomes a question,
               and a question becomes an incomplete sentence. It needs one more answer per edit.
             - "kl" measures the KL divergence from the unedited model on the locality prompts. It needs one more
-              forward pass per prompt, and 12 KiB of memory per token.
+              forward pass per prompt, and 12 KiB of memory per token of the answers.
             - "resurgence" measures whether the old answer comes back when the prompt denies it or offers it as a
               choice. It needs three more answers per edit.
             - "fluency" measures entropy and repetition of a longer continuation of each edit's prompt. It costs as

@@ -45,8 +45,8 @@ def render_report(report: ReportData, answers: int) -> Group:
         with_target = results[0].question != "locality"
         parts += [Text(), _answers_table(heading, results[:answers], compared, with_target)]
         if len(results) > answers:
-            where = "in Report.answers, and in the file that Report.save or report_path writes"
-            parts.append(Text(f"{len(results) - answers} more: {where}", style="dim"))
+            where = "in Report.answers, and in the JSON file that Report.save or report_path writes"
+            parts.append(Text(f"{len(results) - answers} more answers are {where}", style="dim"))
     parts += [Text(note, style="yellow") for note in notes(report)]
     return Group(*parts)
 
