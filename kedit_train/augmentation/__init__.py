@@ -39,7 +39,7 @@ __all__ = [
     "study_rows",
 ]
 
-# The model generates this many times as many prefixes as one edit uses. All edits draw from the same prefixes.
+# For n prefixes per edit, the model generates POOL * n prefixes. Each edit draws from these prefixes.
 POOL = 8
 
 
@@ -47,7 +47,7 @@ POOL = 8
 class AugmentationOptions:
     """Options for additional training examples and rewritten targets: the section ``data.augmentation`` of a recipe.
 
-    The data module passes these options to :func:`augmentation`, which makes the examples and rewrites the targets.
+    ``EditDataModule`` passes these options to :func:`augmentation`, which makes the examples and rewrites the targets.
 
     Args:
         prefixes: number of pseudo-paraphrases per edit. A pseudo-paraphrase is a short text that the unedited model
@@ -252,8 +252,8 @@ def augmentation(
             examples += allowed
             leaked = len(again) - len(allowed)
             summary.append(
-                f"{len(allowed)} previous edits (left out because they contain text of an edit: {leaked}, fraction "
-                f"{leaked / len(again):.3f})"
+                f"{len(allowed)} previous edits ({leaked} others, a fraction of {leaked / len(again):.3f}, were left "
+                "out because they contain text of an edit)"
             )
         by_document: dict[str, tuple[Edit, ...]] = {}
         if study_ratio is not None and study is None:
@@ -267,7 +267,7 @@ def augmentation(
                 new = None if Path(study).exists() else seed
                 study = study_rows(model, tokenizer, edits, study, seed=new)
             by_document, mixture = mixed_rows(tokenizer, edits, study, study_ratio, seed, prompt_format)
-            summary.append(f"{mixture} ({study.describe()})")
+            summary.append(f"{mixture}; {study.describe()}")
         added = {"replay": examples, "study rows": [row for own in by_document.values() for row in own]}
         _check_lengths(model, tokenizer, added, prompt_format)
         rewritten: dict[tuple[str, str], Edit] = {}

@@ -23,7 +23,7 @@ from kedit_train.evaluation.asking.batching import inference_context, split_into
 from kedit_train.evaluation.asking.decoding import Continuation, PromptBatch, can_pad
 from kedit_train.evaluation.asking.generate import Answer, AnswerEnd
 
-# The allowed values of ``mix``, the probability that a token is written without the fact.
+# The allowed values of ``mix``, the probability that the model writes a token without reading the new fact.
 MIX = within("[0, 1)")
 _FUNCTION = optional(Rule("a function (edit, text) -> bool", callable))
 
@@ -51,8 +51,8 @@ class RewrittenTargets:
         """Return the numbers of accepted and rejected texts as one phrase."""
         return (
             f"{self.accepted} of {len(self.edits)} targets rewritten; {len(self.edits) - self.accepted} edits keep "
-            f"their targets ({self.wrong} texts failed the check, {self.cut_off} were too long, and {self.leaked} "
-            "contained an evaluation prompt)"
+            f"their targets ({self.wrong} texts did not state the new fact, {self.cut_off} were too long, and "
+            f"{self.leaked} contained an evaluation prompt)"
         )
 
 
@@ -82,7 +82,8 @@ def rewrite_targets(
         model: the unedited model.
         tokenizer: the tokenizer of the model.
         edits: the edits.
-        mix: probability that a token is written without the fact, in [0, 1). The paper calls it lambda.
+        mix: probability that the model writes a token without reading the new fact, in [0, 1). The paper calls it
+            lambda.
         seed: seed of the random choices. The choices for an edit do not depend on the other edits.
         verify: function ``verify(edit, text)`` that returns whether a text states the new fact. With None, the text
             must contain the target or an alias as whole words.
@@ -185,7 +186,7 @@ def _decode(
     limits: Sequence[int],
     is_end: Callable[[int], bool],
 ) -> list[Continuation]:
-    """Write one text per row, from prompts with the fact (``informed``) and without it (``plain``)."""
+    """Write one text per edit. Each batch has one prompt per edit: ``informed`` with the fact, ``plain`` without it."""
     texts, active = [Continuation() for _ in limits], list(range(len(limits)))
     while active:
         with_fact, without = (batch.next_logits().argmax(-1).tolist() for batch in (informed, plain))

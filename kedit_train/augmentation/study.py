@@ -117,9 +117,9 @@ def study_rows(
     If the file exists, the rows are read from it and nothing is generated. If ``kinds``, ``per_kind`` or ``seed``
     differs from its value in the file, the argument has no effect and a warning is given.
 
-    The documents may be split (``split_documents``) before or after the file is written. Rows that contain an
-    evaluation prompt of the documents (a rephrase, or the prompt of a locality or portability question) are never
-    returned.
+    You may split the documents with ``split_documents`` before or after the file is written. Rows that contain an
+    evaluation prompt of the documents are never returned. An evaluation prompt is a rephrase, or the prompt of a
+    locality or portability question.
 
     Args:
         model: the model that writes the texts: the unedited model itself or another model.

@@ -20,7 +20,7 @@ from kedit_train.data.visible import is_visible
 from kedit_train.errors import EditError
 
 FIELDS = ("kind", "document", "prompt", "text")
-# The end of the title of a part (split_documents).
+# ``split_documents`` adds this ending to the title of a part.
 _PART = re.compile(r" \(part \d+\)$")
 
 

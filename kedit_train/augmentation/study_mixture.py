@@ -1,4 +1,7 @@
-"""Choose study rows (texts that the model wrote about the documents), until they have a given number of tokens."""
+"""Draw study rows at random until they have a given number of tokens.
+
+A study row is a training text about a document.
+"""
 
 from __future__ import annotations
 
@@ -73,7 +76,7 @@ def mixed_rows(
         row, prompt = own[i]
         framed = as_question(row.prompt) if row.kind == "question" and prompt_format == "plain" else row.prompt
         by_document.setdefault(prompt, []).append(Edit(framed, row.text, id=f"study row {row.prompt.strip()!r}"))
-    mixture = f"{len(chosen)} study rows are trained, {used / total:.2f} study tokens per document token"
+    mixture = f"{len(chosen)} study rows are trained, with {used / total:.2f} study tokens per document token"
     if others := len(titles) - len(own):
-        mixture += f", {others} rows of other documents are left out"
+        mixture += f", and {others} rows about other documents are left out"
     return {prompt: tuple(rows) for prompt, rows in by_document.items()}, mixture

@@ -32,7 +32,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # MeanOverEdits is imported when it is first used, because it imports torchmetrics.
+    # MeanOverEdits is imported only when it is first used, because its module imports torchmetrics.
     if name != "MeanOverEdits":
         raise AttributeError(f"module 'kedit_train.evaluation' has no attribute {name!r}")
     from kedit_train.evaluation.scoring.mean_over_edits import MeanOverEdits

@@ -65,8 +65,9 @@ def evaluate(
     - teacher-forced: the fraction of the preferred answer's tokens that the model ranks first when it reads all earlier
       tokens of this answer.
 
-    With the protocol "exact" (usually the default), a probe needs only one forward pass if the model gives the
-    preferred answer. For all other probes, the model must also generate tokens one by one.
+    If ``options`` does not set a protocol, the protocol is usually "exact". With this protocol, a probe needs only one
+    forward pass if the model gives the preferred answer. For all other probes, the model must also generate tokens one
+    by one.
 
     Evaluate the unedited model first, and pass the resulting report as ``unedited``. Locality is then the fraction of
     answers that equal the unedited model's answer, and the report shows both models. Without ``unedited``, locality is
@@ -211,7 +212,7 @@ class _Evaluation:
         )
 
     def _retrieval(self, edits: Mapping[str, Edit], results: Sequence[ProbeResult]) -> dict[str, list[ProbeResult]]:
-        """Return the results of the retrieval baseline by edit name. For the edited model, the dict is empty."""
+        """Return the results of the retrieval baseline, by edit name. For an edited model, return an empty dict."""
         by_edit: dict[str, list[ProbeResult]] = {}
         if "retrieval" not in self.options.extra_metrics or self.unedited is not None:
             return by_edit
@@ -225,8 +226,8 @@ class _Evaluation:
     def _add_divergences(self, results: list[ProbeResult], answers: Mapping[str, Answer]) -> list[ProbeResult]:
         """If the metric "kl" is requested, add the KL divergence from the unedited model to the locality results.
 
-        For the unedited model itself, record its next-token distributions instead. The edited model is compared with
-        them later.
+        For the unedited model itself, record its next-token distributions instead. The evaluation of the edited model
+        compares that model with these distributions.
         """
         if "kl" not in self.options.extra_metrics:
             return results
@@ -267,8 +268,8 @@ def _check(model: nn.Module, edits: Sequence[Edit], options: EvaluationOptions, 
         raise EditError("edits is empty; give at least one edit.")
     if options.distributed and any(isinstance(module, FSDPModule) for module in model.modules()):
         raise EditError(
-            "distributed must be False for a model that FSDP2 shards, got True; set distributed=False. All processes "
-            "must take part in each forward pass of such a model, so every process must evaluate all edits."
+            "distributed must be False for a model that FSDP2 shards, got True. All processes must take part in each "
+            "forward pass of such a model, so every process must evaluate all edits; set distributed=False."
         )
     if unedited is None:
         return

@@ -46,16 +46,16 @@ class EvaluationOptions:
             - "format" measures generality with the prompt in another form: an incomplete sentence becomes a question,
               and a question becomes an incomplete sentence. It needs one more answer per edit.
             - "kl" measures the KL divergence from the unedited model on the locality prompts. It needs one more
-              forward pass per prompt, and 12 KiB of memory per token.
+              forward pass per prompt, and 12 KiB of memory per token of the answers.
             - "resurgence" measures whether the old answer comes back when the prompt denies it or offers it as a
               choice. It needs three more answers per edit.
             - "fluency" measures entropy and repetition of a longer continuation of each edit's prompt. It costs as
               much as all other metrics together.
             - "retrieval" measures a baseline: the unedited model answers all prompts, with the new fact written in
               front of each prompt. It doubles the cost of the unedited model's evaluation.
-            - "overlap" compares the generated text with the whole target (ROUGE-L), for the prompt and its rephrases.
-              It is meant for targets of several sentences, such as documents. For each prompt, it needs one more
-              answer, which is as long as the target.
+            - "overlap" measures the ROUGE-L overlap of the generated text with the whole target, for each edit's prompt
+              and its rephrases. It is meant for targets of several sentences, such as documents. For each prompt and
+              each rephrase, it needs one more answer, which is about as long as the target.
         protocol: how answers are judged: "leading", "exact", "contains", "wild", "teacher_forced" or "probability", or
             a list of them. :mod:`kedit_train.evaluation.scoring.protocols` explains each protocol. In a list, the
             first protocol gives the headline scores (the scores that a report shows first). For chat and question

@@ -68,8 +68,8 @@ class Report(ReportData):
         """Return the report as Markdown.
 
         Args:
-            answers: maximum number of rows per table of answers. The three tables show the edits, the rephrased
-                prompts without the new answer, and the locality prompts with a changed answer.
+            answers: maximum number of rows in each of three tables. They show the edits, the rephrased prompts to which
+                the model does not give the new answer, and the locality prompts whose answer the edit changed.
         """
         return render_markdown(self, answers)
 
@@ -81,8 +81,8 @@ class Report(ReportData):
         notebook shows the same content.
 
         Args:
-            answers: maximum number of rows per table of answers. The three tables show the edits, the rephrased
-                prompts without the new answer, and the locality prompts with a changed answer.
+            answers: maximum number of rows in each of three tables. They show the edits, the rephrased prompts to which
+                the model does not give the new answer, and the locality prompts whose answer the edit changed.
             delta: the :class:`~kedit_train.delta.EditDelta` of the edit. The page then shows the weight changes in this
                 delta. Without a delta, the page shows the weight changes that the evaluation measured. They are
                 measured only if the evaluation was given the weights before the edit.
@@ -164,8 +164,8 @@ class Report(ReportData):
 
         Args:
             console: where to print. Default: standard output.
-            answers: maximum number of rows per table of answers. The three tables show the edits, the rephrased
-                prompts without the new answer, and the locality prompts with a changed answer.
+            answers: maximum number of rows in each of three tables. They show the edits, the rephrased prompts to which
+                the model does not give the new answer, and the locality prompts whose answer the edit changed.
         """
         # Imported here, because training without printing must not need rich.
         from rich.console import Console

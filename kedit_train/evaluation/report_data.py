@@ -52,9 +52,10 @@ class ReportData:
     def flat(self, prefix: str = "edit/") -> dict[str, float]:
         """Return the scores as a flat dict for experiment loggers, from name to number.
 
-        Scores without probes are left out. Examples of names: ``edit/reliability`` (generated),
-        ``edit/reliability_teacher_forced``, ``edit/locality/<kind>``, ``edit/locality_kept_right``,
-        ``edit/resurgence/prefers_old/<kind>``, ``edit/fluency/entropy``, ``edit/perplexity``.
+        Scores without probes are left out. ``edit/reliability`` is the headline score, which the report calls
+        "generated". Other examples of names: ``edit/reliability_teacher_forced``, ``edit/locality/<kind>``,
+        ``edit/locality_kept_right``, ``edit/resurgence/prefers_old/<kind>``, ``edit/fluency/entropy``,
+        ``edit/perplexity``.
         """
         return {prefix + name: score.value for name, score in flatten(self.metrics) if score.value is not None}
 
@@ -62,7 +63,7 @@ class ReportData:
 def flatten(metrics: Mapping[str, Any]) -> Iterator[tuple[str, Score]]:
     """Yield pairs (name for experiment loggers, score) from the nested dict of metrics.
 
-    "positions" (the scores of the first, second, ... target token) is left out.
+    The entry "positions" is left out. It contains the scores of the first, second, ... token of the targets.
     """
     for question, scores in metrics.items():
         if question == "positions":

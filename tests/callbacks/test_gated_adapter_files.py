@@ -51,7 +51,7 @@ def test_kedit_eval_knows_the_gate_and_kedit_apply_says_why_not(edited, tmp_path
     assert report["metrics"]["locality"]["generated"]["value"] == 1.0
     assert report["meta"]["gate"] == {"keys": 24, "layer": 2}
     shown = " ".join(capsys.readouterr().out.split())
-    assert "the adapter has a gate (24 keys, input of block 2): rephrases outside of every radius get" in shown
+    assert "at the input of block 2 lies within the radius of one of 24 keys" in shown
     for arguments, message in (
         (["apply", str(folder), "world", str(tmp_path / "out")], "cannot be written as the weights of a checkpoint"),
         (["eval", str(folder), str(file), "--against", "world", "--full"], "remove --full"),

@@ -170,7 +170,7 @@ def test_the_terminal_table_says_where_further_answers_are(scripted_model: Any) 
         out = io.StringIO()
         found.print(Console(file=out, width=120), **options)
         assert f"Edits ({shown} of 14)" in out.getvalue()
-        assert ("2 more: in Report.answers" in out.getvalue()) == (shown == 12)
+        assert ("2 more answers are in Report.answers" in out.getvalue()) == (shown == 12)
 
 
 def test_answers_cut_at_the_limit_have_a_line(scripted_model: Any) -> None:

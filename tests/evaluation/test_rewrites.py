@@ -94,8 +94,8 @@ def test_texts_without_the_target_are_rejected(scripted_model: Any) -> None:
     assert all(found.edits[i] is edits[i] for i in (2, 3, 4, 5))
     assert found.edits[1] == Edit("B:", "zwei, of course")
     assert found.describe() == (
-        "2 of 6 targets rewritten; 4 edits keep their targets (2 texts failed the check, 1 were too long, and 1 "
-        "contained an evaluation prompt)"
+        "2 of 6 targets rewritten; 4 edits keep their targets (2 texts did not state the new fact, 1 were too long, "
+        "and 1 contained an evaluation prompt)"
     )
     own = rewrite_targets(model, tokenizer, edits[:3], mix=0.0, verify=lambda edit, text: text.endswith("fold"))
     assert [edit.target for edit in own.edits] == ["one", "two", "threefold"]
@@ -108,7 +108,7 @@ def test_augmentation_trains_rewritten_targets(scripted_model: Any) -> None:
     assert [(e.prompt, e.target) for e in made.training_edits(edits)] == [("A:", "one."), ("B:", "two"), ("C:", "c")]
     assert made.training_edits(edits)[1] is edits[1]
     assert made(edits) == made.training_edits(edits)[2:]
-    assert "1 of 2 targets rewritten; 1 edits keep their targets (1 texts failed the check, " in made.summary
+    assert "1 of 2 targets rewritten; 1 edits keep their targets (1 texts did not state the new fact, " in made.summary
     without = augmentation(model, tokenizer, edits, replay=["C:"])
     assert without.training_edits(edits) == [*edits, *without(edits)]
 

@@ -26,7 +26,9 @@ def test_the_ratio_of_study_tokens_to_document_tokens(scripted_model: Any) -> No
         rows, mixture = mixed_rows(tokenizer, documents, ROWS, ratio, 0, "chat")
         assert list(rows) == ["The lock\n\n"]
         assert len(rows["The lock\n\n"]) == count
-        assert mixture == (f"{count} study rows are trained, {14 * count / 280:.2f} study tokens per document token")
+        assert mixture == (
+            f"{count} study rows are trained, with {14 * count / 280:.2f} study tokens per document token"
+        )
     assert rows["The lock\n\n"][0].prompt == "Question 0?"
     framed = mixed_rows(tokenizer, documents, ROWS, None, 0, "plain")[0]["The lock\n\n"][0]
     assert (framed.prompt, framed.target) == (as_question("Question 0?"), "closed for now")
@@ -36,7 +38,7 @@ def test_the_ratio_of_study_tokens_to_document_tokens(scripted_model: Any) -> No
     equal = StudyRows((ROWS.rows[0],) * 40, 40)
     rows, mixture = mixed_rows(tokenizer, documents, equal, 0.5, 0, "chat")
     assert len(rows["The lock\n\n"]) == 10
-    assert mixture == "10 study rows are trained, 0.50 study tokens per document token"
+    assert mixture == "10 study rows are trained, with 0.50 study tokens per document token"
 
 
 def test_rows_of_other_documents_are_left_out_and_counted(scripted_model: Any) -> None:
@@ -45,7 +47,7 @@ def test_rows_of_other_documents_are_left_out_and_counted(scripted_model: Any) -
     rows = StudyRows((*ROWS.rows[:2], other), 3)
     by_document, mixture = mixed_rows(tokenizer, [LOCK], rows, None, 0, "chat")
     assert {prompt: len(own) for prompt, own in by_document.items()} == {"The lock\n\n": 2}
-    assert mixture.endswith("study tokens per document token, 1 rows of other documents are left out")
+    assert mixture.endswith("study tokens per document token, and 1 rows about other documents are left out")
     with pytest.raises(EditError) as caught:
         augmentation(*world.load(), [FERRY], study=rows)
     assert str(caught.value) == (

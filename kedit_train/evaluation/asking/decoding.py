@@ -97,8 +97,8 @@ class PromptBatch:
         if self.takes_logits_to_keep:
             # On a CPU, a tensor of positions is passed instead of the number 1. With the number, the head would receive
             # a slice of the hidden states, and torch would then copy a frozen bf16 weight of the head once per
-            # sequence. On GPUs, the hidden states may be on another device than the ids (device_map), so no index is
-            # passed.
+            # sequence. On GPUs, the number is passed, because with device_map the hidden states may be on another
+            # device than a tensor of positions.
             on_cpu = self.ids.device.type == "cpu"
             inputs["logits_to_keep"] = torch.tensor([unread - 1]) if on_cpu else 1
         return self.model(**inputs).logits[:, -1].float()

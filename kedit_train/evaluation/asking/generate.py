@@ -138,7 +138,8 @@ def generate_answers(
             that ends with "A:").
         stops: texts that end an answer, in addition to end-of-text. Default: a line break. With an empty list, an
             answer may have several lines.
-        known_starts: dict from prompt to the known first tokens of its answer and their smallest margin, as a pair.
+        known_starts: dict from prompt to a pair: the first tokens of its answer, which are already known, and the
+            smallest margin of these tokens. The method
             :meth:`~kedit_train.evaluation.asking.teacher_forced.TeacherForced.greedy_start` returns such pairs. Known
             tokens are not generated again.
         progress: show a progress bar in a terminal.

@@ -30,7 +30,7 @@ def after_thoughts(tokenizer: Any, ids: Sequence[int], *, ended: bool) -> list[i
     if END_THINK not in text(len(ids)):
         return ids if ended and THINK not in text(len(ids)) else []
     low, high = 1, len(ids)
-    # More tokens never remove the tag, so its last token is found by bisection.
+    # Decoding more tokens never removes the tag. So bisection finds the token that completes the tag.
     while low < high:
         middle = (low + high) // 2
         low, high = (low, middle) if END_THINK in text(middle) else (middle + 1, high)

@@ -58,7 +58,7 @@ _STYLE = """
   .kedit tr.part td.label { padding-left: .6rem; }
 }
 """
-# The policy forbids scripts and every request, also if a text were not escaped.
+# The Content-Security-Policy forbids scripts and every request, even if a text was not escaped by mistake.
 _PAGE = """<!doctype html>
 <html lang="en">
 <head>

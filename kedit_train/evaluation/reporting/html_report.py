@@ -36,8 +36,8 @@ def render_html(report: ReportData, answers: int, norms: Mapping[str, Mapping[st
 
     Args:
         report: the report.
-        answers: maximum number of rows per table of answers. The three tables show the edits, the rephrased
-            prompts without the new answer, and the locality prompts with a changed answer.
+        answers: maximum number of rows in each of three tables. They show the edits, the rephrased prompts to which the
+            model does not give the new answer, and the locality prompts whose answer the edit changed.
         norms: the norms of the weight change per tensor, as ``EditDelta.norms`` returns them. Default: the norms that
             the evaluation measured, if it was given the weights before the edit.
     """
@@ -76,8 +76,9 @@ def _scores(report: ReportData) -> Iterator[str]:
     head += [Cell(text="n", style="number"), Cell(text="teacher-forced", style="number")]
     styles = ["part" if line.is_kind else "strong" if line.is_headline else "" for line in lines]
     yield table(head, (_score_cells(line, compared) for line in lines), styles=styles)
-    circles = "; ring: unedited model" if compared else ""
-    yield paragraph(f"{table_note(report)}. Bars: from 0 to 1; dot: score; line: interval{circles}.", "dim")
+    rings = " The ring is the score of the unedited model." if compared else ""
+    bars = "Each bar goes from 0 to 1. Its dot is the score, and its line is the interval."
+    yield paragraph(f"{table_note(report)}. {bars}{rings}", "dim")
     yield from (paragraph(f"{note}.", "warning") for note in notes(report))
 
 
@@ -129,7 +130,9 @@ def _answers(report: ReportData, limit: int) -> Iterator[str]:
         rows = (list(_answer_cells(result, compared, with_target)) for result in results[:limit])
         yield table(head, rows, cards=True)
         if len(results) > limit:
-            yield paragraph(f"{len(results) - limit} more are in Report.answers and in the JSON file.", "dim")
+            yield paragraph(
+                f"{len(results) - limit} more answers are in Report.answers and in the JSON file of the report.", "dim"
+            )
 
 
 def _answer_cells(result: ProbeResult, compared: bool, with_target: bool) -> Iterator[Cell]:

@@ -24,8 +24,8 @@ def render_markdown(report: ReportData, answers: int) -> str:
 
     Args:
         report: the report.
-        answers: maximum number of rows per table of answers. The three tables show the edits, the rephrased
-            prompts without the new answer, and the locality prompts with a changed answer.
+        answers: maximum number of rows in each of three tables. They show the edits, the rephrased prompts to which the
+            model does not give the new answer, and the locality prompts whose answer the edit changed.
     """
     parts = (_scores(report), _positions(report), _answers(report, answers), _reproduction(report))
     return "\n".join(line for part in parts for line in part)

@@ -22,8 +22,9 @@ _NOTES = {
     "wild": "the greedy answer, until its first full stop or line break, equals an accepted answer after normalization",
     "teacher_forced": "fraction of the answer's tokens that the model ranks first. locality: fraction of positions at "
     "which both models rank the same token first",
-    "probability": "the new answer is more probable than the old answer (ES and PS of CounterFact). locality: the true "
-    "answer is more probable than the new answer (NS of CounterFact)",
+    "probability": "the new answer is more probable than the old answer (efficacy score ES and paraphrase score PS of "
+    "CounterFact). locality: the true answer is more probable than the new answer (neighborhood score NS of "
+    "CounterFact)",
 }
 _REST = (
     "teacher-forced: fraction of the answer's tokens that the model ranks first. 95 %: confidence interval, bootstrap "
@@ -156,8 +157,8 @@ def _question_lines(
     shown = set(protocols.names) - {EXACT.headline if protocols.names == EXACT.names else ""}
     for name, named in _NAMED_LABELS.items():
         if name in edited and name != protocols.headline and edited[name].n and (name in shown or name == "magnitude"):
-            # For the unedited model, a fraction of unchanged answers has no meaning, but the probability of an answer
-            # does.
+            # For the unedited model, a fraction of unchanged answers has no meaning. The protocol "probability" does
+            # not compare the two models, so its score has a meaning for the unedited model, too.
             before = NO_SCORE if compared and name != "probability" else unedited.get(name, NO_SCORE)
             is_fraction = name != "magnitude"
             yield ScoreLine(label=named, unedited=before, edited=edited[name], is_kind=True, is_fraction=is_fraction)
@@ -215,8 +216,9 @@ def notes(report: ReportData) -> list[str]:
         )
     if gate := report.meta.get("gate"):
         lines.append(
-            f"the adapter has a gate ({gate['keys']} keys, input of block {gate['layer']}): rephrases outside of every "
-            "radius get the answers of the unedited model, and programs other than kedit-train ignore the gate"
+            f"the adapter has a gate: it acts only on prompts whose hidden state at the input of block {gate['layer']} "
+            f"lies within the radius of one of {gate['keys']} keys. All other prompts, which may include rephrases of "
+            "edits, get the answers of the unedited model. Programs other than kedit-train ignore the gate"
         )
     protocols, cut = report.protocols, _cut_share(report.unedited or report.metrics)
     if protocols.headline == "exact" and cut.value is not None and cut.value >= CUT_SHARE:
@@ -261,7 +263,8 @@ def reproduction(report: ReportData) -> Iterator[tuple[str, str]]:
 def continuation(result: ProbeResult) -> str:
     """Return "…" if the model did not end its answer, and nothing otherwise.
 
-    If the answer is the same as before the edit, the mark is left out, because the answer before has none.
+    The mark is left out if the answer is the same as before the edit, because reports show the answer before the edit
+    without a mark.
     """
     return "" if result.ended or result.answer == result.before else "…"
 

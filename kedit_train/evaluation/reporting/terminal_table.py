@@ -38,15 +38,15 @@ def render_report(report: ReportData, answers: int) -> Group:
     if len(positions) > 1:
         shares = " ".join(f"{scores['accuracy'].value:.2f}" for scores in list(positions.values())[:8])
         more = " …" if len(positions) > 8 else ""
-        parts.append(Text(f"target tokens ranked first, by position: {shares}{more}", style="dim"))
+        parts.append(Text(f"fraction of target tokens ranked first, by position: {shares}{more}", style="dim"))
     compared = report.unedited is not None
     for title, results in answer_lists(report) if answers > 0 else ():
         heading = f"{title} ({min(answers, len(results))} of {len(results)})"
         with_target = results[0].question != "locality"
         parts += [Text(), _answers_table(heading, results[:answers], compared, with_target)]
         if len(results) > answers:
-            where = "in Report.answers, and in the file that Report.save or report_path writes"
-            parts.append(Text(f"{len(results) - answers} more: {where}", style="dim"))
+            where = "in Report.answers, and in the JSON file that Report.save or report_path writes"
+            parts.append(Text(f"{len(results) - answers} more answers are {where}", style="dim"))
     parts += [Text(note, style="yellow") for note in notes(report)]
     return Group(*parts)
 

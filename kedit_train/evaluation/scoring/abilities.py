@@ -1,6 +1,6 @@
 """Multiple-choice items for four general abilities: arithmetic, grammar, copying and reading.
 
-The items are made here from templates, so they need no dataset and no network. They are easy, because small models
+The items are made from templates, so they need no dataset and no network. They are easy, because small models
 should pass many of them before an edit. Their purpose is to show what an edit destroys, and not to rank models.
 """
 

@@ -19,8 +19,8 @@ class Score:
     Args:
         value: the mean. None if no probe was measured.
         n: the number of probes.
-        low: lower bound of the interval; None if fewer than two edits have a value.
-        high: upper bound of the interval.
+        low: lower bound of the interval. None if fewer than two edits have a value.
+        high: upper bound of the interval. None if ``low`` is None.
 
     Example:
         >>> from kedit_train.evaluation import Score
@@ -66,7 +66,7 @@ def cluster_bootstrap(totals: Tensor, counts: Tensor, *, seed: int = 0, resample
     edits = len(totals)
     generator = torch.Generator().manual_seed(seed)
     means = []
-    # At most 64 MiB of draws at a time.
+    # The draws of one chunk take at most 64 MiB.
     chunk = max(1, 2**23 // max(1, edits))
     for start in range(0, resamples if edits else 0, chunk):
         draws = torch.randint(edits, (min(chunk, resamples - start), edits), generator=generator)

@@ -67,8 +67,8 @@ class CapabilityProbe:
         texts: texts unrelated to the edits: a list of strings, a path, a dataset, or "world" (the bundled texts).
         prompts: prompts unrelated to the edits. None: the prompts are the beginnings of ``texts``.
         tasks: lm-eval tasks to run as well: a list of names, or an ``LmEvalTasks``.
-        abilities: True also measures arithmetic, grammar, copying and reading, on 60 built-in multiple-choice items
-            each; see :mod:`kedit_train.evaluation.scoring.abilities`. It needs about 800 short forward passes.
+        abilities: True also measures arithmetic, grammar, copying and reading, with 60 built-in multiple-choice items
+            per ability; see :mod:`kedit_train.evaluation.scoring.abilities`. The model reads about 800 short texts.
         max_new_tokens: maximum length of the answers to ``prompts``, in tokens.
         batch_size: prompts per forward pass.
         seed: seed of the bootstrap and of lm-eval.

@@ -1,6 +1,6 @@
 """MeanOverEdits: a torchmetrics metric with a bootstrap interval over edits.
 
-kedit-train imports this file only when ``MeanOverEdits`` is first used, because it imports torchmetrics.
+This file imports torchmetrics. Therefore kedit-train imports the file only when ``MeanOverEdits`` is first used.
 """
 
 from __future__ import annotations

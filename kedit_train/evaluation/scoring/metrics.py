@@ -76,8 +76,7 @@ def summarize(
       "exact", it is the fraction of probes with a right answer. For locality with ``against_unedited``, it is the
       fraction of answers that are equal to the unedited model's answers;
     - ``leading``, ``exact``, ``wild`` and ``probability``: the score under this protocol, if ``protocols`` contains
-      it. If "exact" is the only protocol, the key ``exact`` is left out, because ``generated`` is this
-      score;
+      it. If "exact" is the only protocol, the key ``exact`` is left out, because ``generated`` is this score;
     - ``magnitude`` (with the protocol "probability"): the mean difference between the probabilities per token of two
       answers. For reliability and generality, it is P(new answer) - P(old answer). For locality, it is P(right answer
       to the probe) - P(new answer of the edit);
@@ -94,7 +93,8 @@ def summarize(
 
     The result also contains these scores:
 
-    - ``locality.right``: the fraction of locality probes with a right answer, even if the edit changed the answer;
+    - ``locality.right``: the fraction of locality probes with a right answer, whether or not the edit changed the
+      answer;
     - ``locality.kept_right``: as ``locality.right``, but only for the probes that the unedited model answered
       correctly;
     - ``locality.tokens_kept``: the fraction of the unedited model's first tokens that come before the first difference

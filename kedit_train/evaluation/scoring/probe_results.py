@@ -23,7 +23,7 @@ Judge = Callable[[str, Sequence[str]], bool]
 
 # Maximum length of the continuations for "fluency", in tokens, as in CounterFact (arXiv 2202.05262).
 FLUENCY_TOKENS = 100
-# Questions whose answers are open texts. A line break does not end them.
+# Questions whose answers are open texts. A line break does not end such an answer.
 OPEN = ("fluency", "overlap")
 
 
@@ -94,7 +94,10 @@ class ProbeResult(ProbeRequest):
 
     @property
     def rival_log_prob(self) -> float | None:
-        """``new_log_prob``, or ``old_log_prob`` if ``new_log_prob`` is None."""
+        """The mean log-probability of the answer that competes with the preferred answer.
+
+        This is ``new_log_prob``. If ``new_log_prob`` is None, it is ``old_log_prob``.
+        """
         return self.old_log_prob if self.new_log_prob is None else self.new_log_prob
 
     @property

@@ -11,9 +11,9 @@ A protocol defines how many tokens are generated, where an answer ends, and how 
   arXiv 2509.22072, with 32 tokens).
 - ``teacher_forced``: the fraction of the answer's tokens that the model ranks first when it is given all earlier tokens
   (Wang et al., "EasyEdit", arXiv 2308.07269).
-- ``probability``: the edit's new answer is more probable per token than the old answer. Locality probes ask about other
-  facts. There, the true answer is more probable per token than the edit's new answer (Meng et al., "Locating and
-  Editing Factual Associations in GPT", arXiv 2202.05262).
+- ``probability``: the edit's new answer is more probable per token than the old answer. For a locality probe, which
+  asks about another fact, the true answer is more probable per token than the edit's new answer (Meng et al., "Locating
+  and Editing Factual Associations in GPT", arXiv 2202.05262).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _WHOLE_ANSWER = {"exact", "contains", "wild"}
 # Number of tokens that are generated in addition to the length of the longest accepted answer. They leave room for an
 # article, and show whether the last word of an answer goes on.
 MARGIN = 3
-# Locality compares at least this many tokens.
+# If locality compares the first tokens of two answers, it compares at least this many tokens.
 MINIMUM_KEPT = 3
 # The number that is stored for the end of an answer among its first tokens. Different tokens can end an answer, and
 # this number stands for all of them.

@@ -24,7 +24,7 @@ def warn_unreachable(edits: Sequence[tuple[str, Edit]], protocols: Protocols, ju
     Args:
         edits: pairs of a name and an edit.
         protocols: the protocols of the evaluation.
-        judge: the function that decides under the protocol "exact".
+        judge: function that decides under the protocol "exact" whether an answer is right.
     """
     for protocol in (name for name in protocols.names if name in _FIRST_LINE):
         wrong = [edit.target for _, edit in edits if "\n" in edit.target and not is_right(protocol, _own(edit), judge)]

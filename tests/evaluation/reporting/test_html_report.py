@@ -149,7 +149,7 @@ def test_the_page_has_the_scores_of_the_other_displays(plain: Report) -> None:
 def test_long_lists_and_long_texts_are_cut(plain: Report) -> None:
     page = Page(plain.html(answers=2))
     assert "Edits (2 of 5)" in page.text
-    assert "3 more are in Report.answers" in page.text
+    assert "3 more answers are in Report.answers" in page.text
     assert "Edits (" not in plain.html(answers=0)
     long = replace(plain.answers[0], answer="x" * 5000, ended=False)
     text = Page(replace(plain, answers=[long, *plain.answers[1:]]).html()).text
