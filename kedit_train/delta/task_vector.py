@@ -58,7 +58,7 @@ class TaskVector(Generic[D]):
 
     References:
         "Editing Models with Task Arithmetic", arXiv 2212.04089. "Robust fine-tuning of zero-shot models" (WiSE-FT),
-        arXiv 2109.01903, interpolates between the base (``alpha = 0``) and the edit (``alpha = 1``) with ``alpha * a``.
+        arXiv 2109.01903: ``alpha * a`` interpolates between the base model (``alpha=0``) and the edited model.
 
     Example:
         >>> import torch
@@ -82,7 +82,7 @@ class TaskVector(Generic[D]):
 
     @torch.no_grad()
     def delta(self, *, configuration: Any = None) -> D:
-        """Convert to a delta: round the edited weights to the dtype of the base, and record the bits before and after.
+        """Convert to a delta: round the edited weights to the dtype of the base model, and store both sets of weights.
 
         Args:
             configuration: a description of how the vector was made, for the metadata. JSON values only.
