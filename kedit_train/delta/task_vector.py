@@ -205,7 +205,7 @@ def check_same_base(one: TaskVector[Any], other: TaskVector[Any]) -> None:
     """
     if one.about["fingerprint"] != other.about["fingerprint"]:
         raise EditError(
-            f"the deltas belong to different base models ({str(one.about['fingerprint'])[:12]} and "
+            f"the deltas belong to different base models (fingerprints {str(one.about['fingerprint'])[:12]} and "
             f"{str(other.about['fingerprint'])[:12]}); combine only deltas of the same base model."
         )
     for name in one.base.keys() & other.base.keys():
