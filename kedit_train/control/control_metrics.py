@@ -49,7 +49,7 @@ def measure_control(
         tokenizer: its tokenizer.
         value: the value function.
         prompts: prompts on which the value function was not trained.
-        reward: the reward.
+        reward: a function ``reward(prompts, completions)`` that returns one number per answer.
         generation: arguments of ``generate_answers``.
         control: arguments of ``controlled``.
 
@@ -65,7 +65,7 @@ def measure_control(
     options: dict[str, Any] = {"stops": (), "max_new_tokens": 64, **(generation or {})}
 
     def ask() -> tuple[list[str], float, float]:
-        # The first answer is slower, so it is not timed.
+        # The first call of a model is slower than later calls, so one answer is generated before the timed answers.
         generate_answers(model, tokenizer, prompts[:1], **options)
         began = time.perf_counter()
         answers = generate_answers(model, tokenizer, prompts, **options)
@@ -157,7 +157,9 @@ class ControlMetrics(Callback):
         data: Any = getattr(trainer, "datamodule", None)
         if not hasattr(data, "reward"):
             raise EditError(
-                f"the data module must be a ResponseDataModule, got {type(data).__name__}.", "ControlMetrics"
+                f"the data module must be a ResponseDataModule, got {type(data).__name__}; pass a ResponseDataModule "
+                "to Trainer.fit, or remove ControlMetrics.",
+                "ControlMetrics",
             )
 
     def check_prompts(self, data: Any, module: Any) -> None:
@@ -188,8 +190,8 @@ class ControlMetrics(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Generate the answers, log the metrics and print them.
 
-        ``ValueModule`` has already saved the value function, in ``on_train_end``. An error here does not change the
-        saved file.
+        ``ValueModule.on_train_end`` has already saved the value function, so an error in this method does not change
+        the saved file.
         """
         module: Any = pl_module
         data: Any = trainer.datamodule  # type: ignore[attr-defined]

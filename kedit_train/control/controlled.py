@@ -85,8 +85,8 @@ def controlled(
         A :class:`Control` with the number of controlled positions and the mean change.
 
     Raises:
-        EditError: an argument is out of range, a layer has no value function, the hidden size of the model differs from
-            that of ``value``, or the model has no key-value cache.
+        EditError: an argument is out of range, ``value`` was not trained on one of the layers, the hidden size of the
+            model differs from that of ``value``, or the model has no key-value cache.
 
     References:
         "Aligning Large Language Models with Representation Editing: A Control Perspective", arXiv 2406.05954.
@@ -146,7 +146,7 @@ def controlled(
 
     with ExitStack() as stack:
         hooks = [inner.register_forward_pre_hook(enter, with_kwargs=True)]
-        # Also after an error in the pass.
+        # always_call=True: the mask is also removed if the forward pass raises an error.
         hooks.append(inner.register_forward_hook(leave, always_call=True))
         hooks += [site.register(lambda hidden, site=site: change(site, hidden)) for site in sites]
         for hook in hooks:
@@ -181,8 +181,9 @@ def _sites(model: nn.Module, value: ValueModel, layers: Sequence[Layer] | None) 
     inner = causal_model(model)
     if cache_argument(inner) is None:
         raise EditError(
-            f"{type(inner).__name__}.forward must have an argument for a key-value cache, which shows whether a pass "
-            "reads a prompt, but this model has none; use a model with the default key-value cache of transformers."
+            f"{type(inner).__name__}.forward must have an argument for a key-value cache, but has none; control needs "
+            "the cache to tell generated tokens from the prompt, so use a model with the default key-value cache of "
+            "transformers."
         )
     sites = find_value_sites(model, value, layers)
     if hidden_size(model) != value.hidden_size:
@@ -194,9 +195,8 @@ def _sites(model: nn.Module, value: ValueModel, layers: Sequence[Layer] | None) 
         described = describe_model(model)
         if any(value.trained_on[key] != described[key] for key in described):
             warn(
-                "the value function was trained on another model or on other weights "
-                f"(layers of that model: {value.trained_on['model_layers']}, of this model: "
-                f"{described['model_layers']}); "
+                "the value function was trained on another model or on other weights: that model has "
+                f"{value.trained_on['model_layers']} layers, and this model has {described['model_layers']} layers; "
                 "use the model that the value function was trained on, or train a new value function."
             )
     return sites

@@ -17,12 +17,12 @@ class GeneratedPositions:
 
     - With a key-value cache: if the cache is not empty and the pass reads one token, this token is a generated
       position.
-    - Without a cache (``use_cache=False``): each pass of a generation reads the rows of the previous pass again, with
-      one more token per row. All positions after the prompt are generated positions.
+    - Without a cache (``use_cache=False``): each pass of a generation reads the sequences of the previous pass again,
+      with one more token per sequence. All positions after the prompt are generated positions.
     - Every other pass reads a prompt.
 
-    These rules hold for ``generate()`` with and without a cache, for beam search (rows may be repeated, reordered or
-    removed), for prompts that are read in several parts, and for both padding sides.
+    These rules hold for ``generate()`` with and without a cache, for prompts that are read in several parts, and for
+    both padding sides. They also hold for beam search, which may repeat, reorder or remove the sequences of a batch.
 
     Args:
         first_token: if True, the last token of the prompt also counts as a generated position, because the model
@@ -65,7 +65,7 @@ class GeneratedPositions:
         last = self._ids
         if last is None or ids.shape[1] != last.shape[1] + 1 or ids.device != last.device:
             return False
-        # Finished rows may have been removed, and beam search may have changed the order.
+        # Finished sequences may have been removed from the batch, and beam search may have changed the order.
         return bool((ids[:, None, :-1] == last[None]).all(-1).any(-1).all())
 
 

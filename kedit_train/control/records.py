@@ -30,8 +30,8 @@ def read_records(prompts: Any) -> list[dict[str, str]]:
         keys = [key for key in ("prompt", "response") if isinstance(record, Mapping) and key in record]
         if "prompt" not in keys or not all(isinstance(record[key], str) and record[key].strip() for key in keys):
             raise EditError(
-                f"{where}, record {number}: expected a prompt, or a record with texts for prompt and response, got "
-                f"{cut(repr(entry), 80)}; correct this record."
+                f"{where}, record {number}: expected a prompt, or a record with the key prompt and optionally the key "
+                f"response, both with a non-empty text, got {cut(repr(entry), 60)}; correct this record."
             )
         records.append({key: record[key] for key in keys})
         if len(records[0]) != len(keys):

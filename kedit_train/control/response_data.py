@@ -35,7 +35,7 @@ from kedit_train.owners import claim, release, remove, remove_abandoned
 from kedit_train.paths import PATH
 
 _SAMPLING = SamplingOptions()
-_CHUNK = 128  # Responses per file.
+_CHUNK = 128  # number of responses whose hidden states are stored in one file
 # In bf16-true or 16-true, the trainer would convert the value function to half precision.
 _PRECISIONS = ("32-true", "64-true", "16-mixed", "bf16-mixed")
 _OPTIONS = Rule("SamplingOptions or a mapping", lambda given: isinstance(given, SamplingOptions | Mapping))
@@ -115,7 +115,8 @@ class ResponseDataModule(LightningDataModule):
         """Sample the responses if none are given, write the hidden states, and compute the rewards.
 
         If ``cache_dir`` contains files for the same model, prompts and options, the responses and hidden states are
-        read from these files. If not, every call computes them, because the model may have changed since the last call.
+        read from these files. Otherwise, every call computes the responses and hidden states again, because the model
+        may have changed since the last call.
         """
         if stage not in ("fit", "validate"):
             return
@@ -147,7 +148,9 @@ class ResponseDataModule(LightningDataModule):
         module: Any = self.trainer.lightning_module if self.trainer is not None else None
         if not (hasattr(module, "language_model") and hasattr(module, "value")):
             raise EditError(
-                f"the trained module must be a ValueModule, got {type(module).__name__}.", "ResponseDataModule"
+                f"the trained module must be a ValueModule, got {type(module).__name__}; pass a ValueModule to "
+                "Trainer.fit.",
+                "ResponseDataModule",
             )
         if self.trainer is not None and self.trainer.world_size > 1:
             raise EditError(
@@ -173,7 +176,7 @@ class ResponseDataModule(LightningDataModule):
         self._remove()
         folder = Path(self.cache_dir) if self.cache_dir is not None else _temporary_folder()
         if self.cache_dir is None:
-            # Also after an error, when teardown is not called.
+            # Lightning does not call teardown after an error. The finalizer removes the folder in this case, too.
             self._remove_temporary = weakref.finalize(self, _remove_folder, folder)
         return write_shards(
             model,
@@ -199,7 +202,7 @@ class ResponseDataModule(LightningDataModule):
         """
         options, inner = self.sampling, unwrap_model(model)
         prompts = [record["prompt"] for record in self.records]
-        # The chat template of the tokenizer is not a part of the model, so the tokens are a part of the description.
+        # The chat template belongs to the tokenizer, not to the model. So the description also contains the tokens.
         ids = encode_prompts(tokenizer, prompts, context_length(inner.config), self.prompt_format)
         ends = sorted(AnswerEnd(inner, tokenizer, (), self.prompt_format).ids)
         settings = {"seed": options.seed, "temperature": options.temperature, "length": options.max_new_tokens}
@@ -237,7 +240,7 @@ class ResponseDataModule(LightningDataModule):
         """Return the indices of the training responses and of the validation responses, split by prompt."""
         distinct = list(dict.fromkeys(prompts))
         random.Random(self.sampling.seed).shuffle(distinct)
-        # At least one, so that EarlyStopping has a validation error to monitor.
+        # At least one prompt is held out, so that EarlyStopping has a validation error to monitor.
         count = max(round(self.validation * len(distinct)), 1) if self.validation else 0
         held_out = set(distinct[: min(count, len(distinct) - 1)])
         train = [i for i, prompt in enumerate(prompts) if prompt not in held_out]

@@ -175,7 +175,8 @@ def _sample(
         if not bool((finite := cumulative[:, -1].isfinite()).all()):
             raise DivergedError(prompts[active[int(finite.long().argmin())]])
         uniform = torch.stack([draws[i][len(found[i])] for i in active])[:, None]
-        # Divided by its last entry, because rounding can leave the sum below the drawn number.
+        # Because of rounding, the last cumulative sum can be below 1, and a drawn number can be above it. The division
+        # by the last sum makes it exactly 1.
         tokens = torch.searchsorted(cumulative / cumulative[:, -1:], uniform, right=True).squeeze(-1)
         tokens = tokens.clamp(max=logits.shape[1] - 1)
         for i, token in zip(active, tokens.tolist(), strict=True):

@@ -98,7 +98,7 @@ class FactReward(Reward):
         if wrong := [edit for edit in loaded if not isinstance(edit, Edit)]:
             raise EditError(f"edits must be a file or a list of Edit, got {cut(repr(wrong[0]), 80)}.", "FactReward")
         if not loaded:
-            raise EditError("edits must not be empty.", "FactReward")
+            raise EditError("edits must not be empty; pass at least one edit.", "FactReward")
         self._good: dict[str, tuple[str, ...]] = {}
         self._bad: dict[str, tuple[str, ...]] = {}
         for edit in loaded:
@@ -177,7 +177,8 @@ def check_reward(reward: Callable[..., Sequence[float]], prompts: Sequence[str],
         completions: a response to each prompt. An empty text stands for a response that is not known yet.
 
     Raises:
-        EditError: as for :func:`compute_rewards`, or the reward cannot score the responses to a prompt.
+        EditError: for the same reasons as in :func:`compute_rewards`, or because the reward cannot score the responses
+            to a prompt.
     """
     if isinstance(reward, Reward):
         reward.check(prompts)

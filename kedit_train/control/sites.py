@@ -92,10 +92,13 @@ def find_sites(model: nn.Module, layers: Sequence[Layer]) -> list[Site]:
             index = -depth - 1
         if not -depth <= index < depth:
             raise EditError(
-                f'layers must contain "head" or indices from {-depth} to {depth - 1}, got {cut(repr(layer))}.'
+                f'each item of layers must be "head" or an index from {-depth} to {depth - 1}, got {cut(repr(layer))}.'
             )
         sites.append(Site(str(index % depth), inner.get_submodule(name)[index]))
     names = [site.name for site in sites]
     if len(set(names)) < len(names):
-        raise EditError(f"layers must be different from each other, got {cut(repr(list(layers)))}.")
+        raise EditError(
+            f"layers must contain each layer only once, got {cut(repr(list(layers)))}; remove the repeated layers. A "
+            "negative index counts from the last layer."
+        )
     return sites

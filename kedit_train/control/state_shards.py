@@ -92,7 +92,7 @@ def write_shards(
     for number, (description, make) in enumerate(chunks):
         text = json.dumps([description, [site.name for site in sites]], sort_keys=True)
         key = hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
-        # With the key in the name, runs with other settings use other files.
+        # The name contains the key, so runs with other settings use other files.
         path = folder / f"states-{key[:16]}-{number:05d}.safetensors"
         if not _is_complete(path, key):
             responses = make()
@@ -155,7 +155,7 @@ def _read_padded(
     def keep(name: str, hidden: Tensor) -> None:
         seen[name] = hidden.detach()
 
-    # The head gets only one position, because the logits are not needed.
+    # The output head receives only one position. This saves time, because the logits are not needed.
     head = Site(HEAD, inner.get_output_embeddings())
     handles = [site.register(lambda hidden, name=site.name: keep(name, hidden)) for site in sites]
     handles.append(head.register(lambda hidden: hidden[:1, -1:]))

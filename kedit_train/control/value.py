@@ -112,7 +112,7 @@ class ValueModel(nn.Module):
             network: Any = self.networks[name]
             network.mean.copy_(mean)
             if variance.mean() <= 1e-10 * mean.square().mean():
-                # States that do not differ, for example a single one, have no scale.
+                # All hidden states are equal (for example, there is only one), so their standard deviation is 0.
                 network.scale.fill_(1.0)
                 continue
             # Entries that hardly vary must not dominate the gradient.

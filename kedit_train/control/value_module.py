@@ -36,8 +36,8 @@ class ValueModule(LightningModule):
             input of the output head.
         width: number of units in the hidden layer of each value function.
         learning_rate: the learning rate of Adam, > 0.
-        trace: lambda of the lambda-return, in [0, 1]. The paper uses 0, which is TD(0). With 0, long responses need
-            many epochs. With 1, the target of every hidden state is the reward.
+        trace: lambda of the lambda-return, in [0, 1]. With 1, the target of every hidden state is the reward. With 0,
+            the training is TD(0), as in the RE-Control paper. Long responses then need many epochs.
         target_decay: decay of the target network, in [0, 1). The target network is an exponential moving average of the
             value function. With 0, the targets are computed by the trained value function itself.
         dtype: the dtype of the language model. The value function is in float32, also in mixed precision.

@@ -36,8 +36,8 @@ def patch_checkpoint(changes: Mapping[str, Change], folder: Path, out: Path, to:
         to: the state of the new checkpoint: "edited" applies the changes, "base" reverts them.
 
     Raises:
-        EditError: the checkpoint is not the base model (``to="edited"``) or not the edited model (``to="base"``), or
-            ``out`` exists.
+        EditError: ``out`` exists, or the checkpoint is not in the expected state. With ``to="edited"``, it must be the
+            base model. With ``to="base"``, it must be the edited model.
     """
     if out.exists():
         raise EditError(f"the output folder {out} already exists; choose the name of a new folder.")

@@ -19,7 +19,7 @@ from kedit_train.safetensors_header import is_shape
 
 FORMAT = 1
 KIND = "kedit_train.delta"
-# The largest file in bytes that is copied into memory when it is read.
+# Files of at most this size (in bytes) are copied into memory when they are read. Larger files are copied to disk.
 _IN_MEMORY = 1 << 26
 
 

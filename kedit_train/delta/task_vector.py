@@ -58,7 +58,8 @@ class TaskVector(Generic[D]):
 
     References:
         "Editing Models with Task Arithmetic", arXiv 2212.04089. "Robust fine-tuning of zero-shot models" (WiSE-FT),
-        arXiv 2109.01903, interpolates between the base (``alpha = 0``) and the edit (``alpha = 1``) with ``alpha * a``.
+        arXiv 2109.01903: ``alpha * a`` gives the base model for ``alpha=0``, the edited model for ``alpha=1``, and
+        interpolates between these two models for the values between 0 and 1.
 
     Example:
         >>> import torch
@@ -82,7 +83,7 @@ class TaskVector(Generic[D]):
 
     @torch.no_grad()
     def delta(self, *, configuration: Any = None) -> D:
-        """Convert to a delta: round the edited weights to the dtype of the base, and record the bits before and after.
+        """Convert to a delta: round the edited weights to the base dtype, and store the values before and after.
 
         Args:
             configuration: a description of how the vector was made, for the metadata. JSON values only.
@@ -205,7 +206,7 @@ def check_same_base(one: TaskVector[Any], other: TaskVector[Any]) -> None:
     """
     if one.about["fingerprint"] != other.about["fingerprint"]:
         raise EditError(
-            f"the deltas belong to different base models ({str(one.about['fingerprint'])[:12]} and "
+            f"the deltas belong to different base models (fingerprints {str(one.about['fingerprint'])[:12]} and "
             f"{str(other.about['fingerprint'])[:12]}); combine only deltas of the same base model."
         )
     for name in one.base.keys() & other.base.keys():

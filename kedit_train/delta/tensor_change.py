@@ -22,8 +22,8 @@ class Change:
     """The change of one tensor, on the CPU.
 
     A change stores the values before and after the edit. It does not store the difference of these values, because in
-    floating point ``base + (edited - base)`` is not exactly ``edited``. It does not store low-rank factors, because the
-    last bits of the product of the factors depend on the machine.
+    floating point ``base + (edited - base)`` is not exactly ``edited``. It does not store low-rank factors either,
+    because the last bits of the product of the factors depend on the machine.
 
     Args:
         layout: which values are stored: the whole tensor (``dense``), ``rows`` (along the first dimension), ``columns``

@@ -57,10 +57,10 @@ def render_tune_result(result: Any, columns: Sequence[str]) -> str:
     head = [Cell(text=name, style="number") for name in columns[:-1]] + [Cell(text=columns[-1])]
     rows = result.rows()
     marked = ["strong" if row[-1] in ("picked", "held out") else "" for row in rows]
-    names = [("on the front", COLORS[0]), ("other settings", _GREY), ("held out", COLORS[1])]
+    names = [("on the Pareto front", COLORS[0]), ("other settings", _GREY), ("held out", COLORS[1])]
     caption = (
-        "One point per setting and number of edits. Filled: a reliability of at least 0.95. Ring: the picked setting. "
-        "Point at a dot to read its setting."
+        "Each point is one setting, trained on one number of edits. A filled point has a reliability of at least 0.95. "
+        "A ring marks the picked setting. Move the mouse over a point to read its setting."
     )
     return "\n".join(
         [
@@ -82,7 +82,8 @@ def _points(result: Any) -> list[Point]:
         held_out = trial is result.held_out
         points.append(
             Point(
-                # A score without probes is drawn at the edge, where it does not make a setting look worse.
+                # Without probes, there is no score. The point is then drawn at 1, so that the setting does not look
+                # worse than others.
                 x=1.0 if trial.locality is None else trial.locality,
                 y=1.0 if trial.generality is None else trial.generality,
                 title=f"{'held out, ' if held_out else ''}{trial.edits} edits: {trial.setting}",

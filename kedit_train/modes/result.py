@@ -25,7 +25,8 @@ from kedit_train.plural import plural
 
 # The lines below the table of a result.
 NOTES = (
-    "Scores are those of generated answers on all edits so far, with 95 % intervals. The settings name the protocol.",
+    "The scores are computed from generated answers on all edits so far, with 95 % intervals. See settings for the "
+    "protocol.",
     "latest: reliability on the newest edits only. seconds: training time.",
 )
 
@@ -64,8 +65,8 @@ class ModeResult:
     Args:
         mode: "single", "batch", "sequential" or "streaming".
         unedited: the unedited model's report on all edits.
-        checkpoints: the checkpoints in order. The last checkpoint is after all edits. "single" and "batch" have only
-            this last checkpoint.
+        checkpoints: the checkpoints in order. The last checkpoint is after all edits. The modes "single" and "batch"
+            have only this last checkpoint.
         capability: general ability of the unedited model. None if not measured.
         meta: mode, edits (number, name and hash), training function, seed, settings, versions and date.
 

@@ -62,9 +62,9 @@ def run_edits(
     are in one training run, only the later edit is trained. Once the later edit is trained, the earlier edit counts as
     wrong.
 
-    When you report a result, name the mode, because the scores depend on the mode. In table 1 of the paper (see
-    References), fine-tuning reaches a reliability of 75 % on 1,000 facts in sequence. On shuffled batches of the same
-    facts, it reaches 99 %.
+    When you report a result, name the mode, because the scores depend on the mode. For example, the paper under
+    "References" compares two ways to fine-tune a model on 1,000 facts (table 1). If the facts are trained in sequence,
+    the reliability is 75 %. If they are trained in shuffled batches, it is 99 %.
 
     Args:
         model: a causal language model. It is edited in place. In the mode "single", its original weights are restored.
@@ -82,9 +82,9 @@ def run_edits(
         options: what to measure and how to prompt. None: ``EvaluationOptions()``.
         judge: ``judge(answer, accepted) -> bool``, used instead of exact match.
         capability: measures general ability before the edits and at each checkpoint. It must be None for "single".
-        wandb_run: the run that ``wandb.init`` returned. ``retention/*`` is logged over the number of edits. At the end,
-            the curve, the answers and the scores at each token of the targets are logged, and the result is saved as
-            artifacts.
+        wandb_run: the run that ``wandb.init`` returned. At each checkpoint, the metrics ``retention/*`` are logged over
+            the number of edits (the x-axis). At the end, the curve, the answers and the scores at each token of the
+            targets are logged, and the result is saved as artifacts. None: nothing is logged.
         seed: seed for the replay, the bootstrap and torch. Before each training run, torch gets a seed that is computed
             from ``seed``. After each training run, torch's random state is restored.
         progress: show progress bars in a terminal.
@@ -133,7 +133,8 @@ def run_edits(
             "seed": seed,
         }
         if isinstance(train, TrainLoop):
-            # All edits are used for this decision. Otherwise, the first training would decide on its own edits alone.
+            # All edits are used to decide whether targets end with end-of-text. Without this call, the first training
+            # would make the decision from its own edits alone.
             meta["append_eos"] = str(train.append_eos(model, run.edits)).removeprefix("append_eos: ")
         copied = ("data_name", "data_hash", "model", "versions", "settings", "date")
         meta |= {name: unedited.meta[name] for name in copied}

@@ -12,7 +12,8 @@ from kedit_train.modes.result import Checkpoint, ModeResult
 from kedit_train.optional import require
 
 EDITS = "retention/edits"
-# Scores between 0 and 1, which fit on one axis. The series and the table also contain perplexity and KL divergence.
+# The chart shows only scores between 0 and 1, which fit on one axis. The metrics ``retention/*`` and the table also
+# contain perplexity and KL divergence.
 SHARES = ("reliability", "latest", "generality", "portability", "locality", "agreement")
 CURVE_COLUMNS = ("edits", "score", "value", "low", "high", "n")
 

@@ -193,8 +193,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--out", type=Path, default=CHECKPOINT, help="folder to write (default: the packaged checkpoint)"
     )
-    parser.add_argument("--epochs", type=int, default=EPOCHS)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--epochs", type=int, default=EPOCHS, help="number of epochs (default: %(default)s)")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of initialization and data order (default: %(default)s)"
+    )
     chosen = parser.parse_args(arguments)
     torch.set_num_threads(min(2, os.cpu_count() or 1))
     for name, (score, count) in pretrain(chosen.out, epochs=chosen.epochs, seed=chosen.seed).items():

@@ -26,12 +26,18 @@ from kedit_train.errors import EditError
             {"step_size": 1, "layers": [0]},
             "controlled: layers must be among the layers of the value function (head, 1), got 0",
         ),
-        ({"step_size": 1, "layers": [3]}, 'controlled: layers must contain "head" or indices from -3 to 2, got 3.'),
+        (
+            {"step_size": 1, "layers": [3]},
+            'each item of layers must be "head" or an index from -3 to 2, got 3.',
+        ),
         (
             {"step_size": 1, "layers": "head"},
             "layers must be a non-empty list, got 'head'; pass a list, for example",
         ),
-        ({"step_size": 1, "layers": [1, -2]}, "controlled: layers must be different from each other, got [1, -2]."),
+        (
+            {"step_size": 1, "layers": [1, -2]},
+            "layers must contain each layer only once, got [1, -2]; remove",
+        ),
         ({"step_size": 1, "first_token": 1}, "controlled: first_token must be True or False, got 1."),
     ],
 )
@@ -54,7 +60,7 @@ def test_a_value_function_of_another_model_and_something_else_are_refused() -> N
 
 def test_a_model_without_a_key_value_cache_is_refused(value: ValueModel) -> None:
     model: Any = MambaForCausalLM(MambaConfig(vocab_size=VOCAB, hidden_size=HIDDEN, num_hidden_layers=2, state_size=4))
-    message = "^controlled: MambaForCausalLM.forward must have an argument for a key-value cache, which shows whether"
+    message = "^controlled: MambaForCausalLM.forward must have an argument for a key-value cache, but has none"
     with pytest.raises(EditError, match=message), controlled(model, value, step_size=1):
         pass
 

@@ -110,7 +110,7 @@ def test_a_resumed_run_keeps_value_target_and_standardization(tmp_path: Path) ->
     ("make", "message"),
     [
         (lambda: ValueModule(trace=2), "ValueModule: trace must be in [0, 1], got 2."),
-        (lambda: ValueModule(layers=[9]), 'ValueModule: layers must contain "head" or indices from'),
+        (lambda: ValueModule(layers=[9]), 'ValueModule: each item of layers must be "head" or an index from'),
         (lambda: ValueModule(layers=[]), "ValueModule: layers must be a non-empty list, got []; pass a list, "),
         (lambda: ValueModule(layers=2), "layers must be a non-empty list, got 2; pass a list, "),  # type: ignore[arg-type]
         (lambda: ValueModule(layers="head"), "got 'head'; pass a list, for example [\"head\"] or [3, 5]."),
@@ -128,7 +128,7 @@ def test_a_resumed_run_keeps_value_target_and_standardization(tmp_path: Path) ->
         (lambda: SamplingOptions(temperature=0), "SamplingOptions: temperature must be > 0, got 0."),
         (lambda: ControlMetrics(["a"], step_size=-1), "ControlMetrics: step_size must be >= 0, got -1."),
         (lambda: PatternReward("("), "PatternReward: pattern must be a regular expression, got '('"),
-        (lambda: FactReward([]), "FactReward: edits must not be empty."),
+        (lambda: FactReward([]), "FactReward: edits must not be empty; pass at least one edit."),
         (
             lambda: FactReward(world.edits(1))(["x"], ["y"]),
             "FactReward: the edits must contain 'x' as a prompt, a rephrase",

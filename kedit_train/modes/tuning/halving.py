@@ -47,8 +47,8 @@ class Trial:
     Args:
         setting: the setting.
         edits: number of edits.
-        reliability: the reliability. If several protocols are evaluated, the first one is used here and for
-            ``generality``. None if the run failed.
+        reliability: the reliability. If answers are judged by several protocols, the first protocol is used here and
+            for ``generality``. None if the run failed.
         generality: the generality. None if the edits have no rephrases.
         locality: the fraction of the first answer tokens that do not change, as a mean over the locality probes (see
             ``ProbeResult.tokens_kept``). None if there are no probes.

@@ -92,9 +92,9 @@ class TuneResult:
         """Return the lines below the table: column meanings, runs that were not started, and the picked setting."""
         lines = [
             f"reliability and generality: protocol {self.meta['protocol']}. locality: fraction of the first tokens of "
-            "the unedited model's answers that do not change. score: harmonic mean of generality and locality. front: "
-            "no other setting on these edits is at least as good in reliability, generality and locality and better in "
-            "one of them."
+            "the unedited model's answers that do not change. score: harmonic mean of generality and locality. front "
+            "(Pareto front): no other setting with the same number of edits is at least as good in reliability, "
+            "generality and locality, and better in one of them."
         ]
         if self.cut_off:
             budget = self.meta["budget"]

@@ -65,9 +65,9 @@ def tune(
         keep: texts on which predictions should stay the same: a file, a list, a dataset, "world" (the bundled texts) or
             a ``Texts``. Texts that contain an evaluation prompt of the edits are left out.
         grid: the settings to try. None: ``TuneGrid()``.
-        budget: time in seconds. Each round gets an equal share, and so does the run on the held-out half. When the
-            share of a round is spent, no more runs of this round are started. A very small budget is exceeded, because
-            at least one setting is tried and the run on the held-out half is always made. None: no limit.
+        budget: time in seconds. Each round and the run on the held-out half get an equal share. When the share of a
+            round is spent, no more runs of this round are started. A very small budget is exceeded, because at least
+            one setting is tried, and the run on the held-out half is always made. None: no limit.
         folder: a folder for the results and for the statistics of the texts. If ``tune`` is called again with the
             same folder, it does not repeat finished runs. None: a temporary folder that is removed at the end.
         options: how the runs are evaluated. Its ``prompt_format`` is also the format of the training examples. None:
@@ -176,7 +176,7 @@ def _halve(
             bar.update()
         failed = [trial for trial in current if trial.error]
         if not trials and len(failed) == len(current):
-            raise EditError(f"all runs failed, the first one with this message: {failed[0].error}")
+            raise EditError(f"all runs failed. The message of the first failed run is: {failed[0].error}")
         trials += current
         settings = [trial.setting for trial in rank(current) if not trial.error]
     return trials, cut_off
