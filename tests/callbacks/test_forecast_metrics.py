@@ -198,8 +198,14 @@ def test_the_example_runs(callback: type):
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no pair": ({"new": INPUTS[0]}, r"new must be a pair \(inputs, targets\), got Tensor"),
     "numbers differ": ({"new": (INPUTS, TARGETS[:1])}, "one target per forward pass, got 2 inputs and 1 targets"),
-    "one target": ({"new": (INPUTS, TARGETS[0])}, r"must be a list with one tensor per forward pass; pass \[targets\]"),
-    "no targets": ({"new": (INPUTS, None)}, r"must be a list with one tensor per forward pass; pass \[targets\]"),
+    "one target": (
+        {"new": (INPUTS, TARGETS[0])},
+        r"must be a list with one tensor per forward pass; for a single forward pass, pass",
+    ),
+    "no targets": (
+        {"new": (INPUTS, None)},
+        r"must be a list with one tensor per forward pass; for a single forward pass, pass",
+    ),
     "an empty target": (
         {"new": ([torch.zeros(0, 6)], [torch.zeros(0, 3)])},
         r"the target for new\[0\]\[0\] must not be empty, got \(0, 3\)",

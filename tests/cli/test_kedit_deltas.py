@@ -56,7 +56,7 @@ def test_a_delta_of_a_quantized_model_is_refused_in_one_line(kedit: Kedit, tmp_p
     EditDelta.between(base, {WEIGHT: torch.ones(4, 4, dtype=torch.int8)}).save(tmp_path / "edit.safetensors")
     code, _, err = kedit("apply", tmp_path / "edit.safetensors", "world", tmp_path / "out")
     assert (code, "--dtype" in err, len(err.strip().splitlines())) == (1, False, 1)
-    assert "edited a quantized model, so train again on the model without quantization" in err
+    assert "edited a quantized model, so train again without quantization" in err
 
 
 def test_a_pickled_checkpoint_that_cannot_be_read_gives_one_line(kedit: Kedit, tmp_path: Path) -> None:
