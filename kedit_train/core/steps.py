@@ -24,12 +24,12 @@ class OptimizerSteps:
     """Add penalties before each optimizer step and apply constraints after it, in torch's global optimizer hooks.
 
     The hooks ignore every optimizer that has no parameter of the scope. They work with any wrapper (accelerate, Fabric,
-    DDP) and with any optimizer that calls torch's hooks. A training loop announces a step by calling :meth:`penalty`.
+    DDP) and with any optimizer that calls torch's hooks. A training loop announces a step by calling :meth:`penalty`. A step
+    that was not announced raises an error.
 
     Args:
         run: the run, with the scoped parameters.
-        release: function that closes the run. If an optimizer step was not announced and ``host.releases_model`` is
-            True, this function is called before the error is raised.
+        release: function that closes the run, called before this error if ``host.releases_model`` is True.
 
     Attributes:
         learning_rates: the learning rate of the last step for each scoped parameter that had a gradient, by name. The

@@ -31,18 +31,19 @@ Gradient = Callable[..., None]
 def rowwise(value: Value, gradient: Gradient, logits: Tensor, *rows: Tensor) -> tuple[Tensor, ...]:
     """Compute the loss of each row. The caller passes one function for the loss and one for its gradient.
 
-    The first output of ``value`` is the loss. All other outputs have no gradient. The rows are processed in blocks.
+    The rows are processed in blocks.
 
     Args:
-        value: function ``(logits, *rows) -> (outputs, kept)``. The values of a row must not depend on other rows. The
-            tensors in ``kept`` are passed to ``gradient``.
+        value: function ``(logits, *rows) -> (outputs, kept)``. ``outputs`` is a tuple: its first entry is the loss, and
+            its other entries have no gradient. The values of a row must not depend on other rows. The tensors in
+            ``kept`` are passed to ``gradient``.
         gradient: function ``(out, logits, *rows, *kept)`` that writes the gradient of the loss with respect to the
             logits into ``out``. The backward pass then multiplies ``out`` by the upstream gradient.
         logits: [N, V], any float dtype. Both functions receive the logits in fp32 (fp64 stays fp64).
         rows: further tensors with N entries (labels, reference logits). They get no gradient.
 
     Returns:
-        The outputs of ``value`` for all rows, [N] each.
+        The entries of ``outputs`` for all rows, [N] each.
     """
     return _Rowwise.apply(value, gradient, logits, *rows)  # pyright: ignore[reportReturnType]
 

@@ -18,7 +18,7 @@ def cross_entropy(logits: Tensor, labels: Tensor, *, epsilon: float = 0.0) -> tu
         logits: [N, V] at the positions that predict ``labels``, any float dtype. The loss is computed in fp32 (in fp64
             for fp64 logits).
         labels: [N] token ids.
-        epsilon: clip in nats. A token with a cross-entropy of at most ``epsilon`` has no gradient.
+        epsilon: threshold in nats. A token whose cross-entropy is at most ``epsilon`` has no gradient.
 
     Returns:
         The loss [N] in nats, and a bool tensor [N] that is True where the cross-entropy is above ``epsilon``.

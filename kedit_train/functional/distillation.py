@@ -29,7 +29,7 @@ def distillation(
             :func:`~kedit_train.functional.top_k_divergence.top_log_probs`. Rows where ``taught`` is False are ignored.
         tokens: [N, k] token ids from the same call.
         taught: [N] bool, True where the target is the teacher, and False where the target is the label.
-        epsilon: clip in nats. A token with a loss of at most ``epsilon`` has no gradient.
+        epsilon: threshold in nats. A token whose loss is at most ``epsilon`` has no gradient.
 
     Returns:
         The loss [N] in nats, and a bool tensor [N] that is True where the loss is above ``epsilon``.

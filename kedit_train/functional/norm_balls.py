@@ -91,7 +91,7 @@ def norm_squared(weight: Tensor) -> Tensor:
 
 
 def distance_squared(weight: Tensor, reference: Tensor) -> Tensor:
-    """Return the squared L2 distance between the stored values of two tensors, a scalar in fp64."""
+    """Return the squared L2 distance between two tensors, as a scalar in fp64."""
     parts = [(widest(w) - widest(r)).square().sum() for w, r in _slices(weight, reference)]
     return torch.stack(parts).sum()
 

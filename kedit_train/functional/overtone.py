@@ -86,7 +86,7 @@ def overtone(
             for fp64 logits).
         labels: [N] token ids.
         label_weight: weight of the one-hot label in the mixture, in [0, 1].
-        epsilon: clip in nats. A token with a divergence of at most ``epsilon`` has no gradient.
+        epsilon: threshold in nats. A token whose divergence is at most ``epsilon`` has no gradient.
         n_sigma: width of the filter in standard deviations of the logits; ``inf`` keeps every token.
         vocab_size: size of the true vocabulary, if the output head has more rows (vocabulary padding).
 

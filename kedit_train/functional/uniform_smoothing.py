@@ -52,7 +52,7 @@ def uniform(
             for fp64 logits).
         labels: [N] token ids.
         label_weight: weight of the one-hot label in the target, in [0, 1].
-        epsilon: clip in nats. A token with a divergence of at most ``epsilon`` has no gradient.
+        epsilon: threshold in nats. A token whose divergence is at most ``epsilon`` has no gradient.
         vocab_size: size of the true vocabulary, if the output head has more rows (vocabulary padding).
 
     Returns:
