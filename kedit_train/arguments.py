@@ -51,7 +51,7 @@ def check_arguments(component: object, **arguments: tuple[Any, Rule]) -> None:
             infinite = isinstance(value, float) and math.isinf(value) and rule.expected.startswith(">")
             expected = f"finite and {rule.expected}" if infinite else rule.expected
             # In Python, True > 0 holds.
-            if isinstance(value, bool) and expected.startswith((">", "finite", "in ")):
+            if isinstance(value, bool) and expected.startswith((">", "finite")):
                 expected = f"a number {expected}"
             raise EditError(f"{argument} must be {expected}, got {cut(repr(value))}.", component=name)
 

@@ -167,8 +167,8 @@ class EditMetrics(EditCallback):
         edits = run.host.edits() if self.edits is None else self.edits
         if edits is None:
             raise EditError(
-                f"edits must be given, because this {run.host.name} run has no edits of its own; pass edits= (a path, "
-                "a list of Edit or an EditDataset)."
+                f"edits must be given, because this run ({run.host.name}) has no edits of its own; pass edits= (a "
+                "path, a list of Edit or an EditDataset)."
             )
         self._edits: Sequence[Edit] = EditDataset.load(edits) if isinstance(edits, str | Path) else edits
         if len(self._edits) == 0:

@@ -126,7 +126,11 @@ class ForecastMetrics(EditCallback):
         self._new_items, self._targets = self._read_new()
         for index, target in enumerate(self._targets):
             if not target.numel() or not bool(target.isfinite().all()):
-                what = "contain only finite numbers" if target.numel() else f"not be empty, got {tuple(target.shape)}"
+                what = (
+                    "contain only finite numbers"
+                    if target.numel()
+                    else f"not be empty, got shape {tuple(target.shape)}"
+                )
                 raise EditError(f"the target for new[0][{index}] must {what}; remove this item from new.")
 
     def attach(self, run: EditRun) -> None:

@@ -260,8 +260,8 @@ class ForgetFirst(EditCallback):
         edits = self.edits if self.edits is not None else run.edits or run.host.edits()
         if edits is None:
             raise EditError(
-                f"edits must be given, because this {run.host.name} run has no edits of its own; pass edits= (a path, "
-                "a list of Edit or an EditDataset)."
+                f"edits must be given, because this run ({run.host.name}) has no edits of its own; pass edits= (a "
+                "path, a list of Edit or an EditDataset)."
             )
         return EditDataset.of(edits)
 

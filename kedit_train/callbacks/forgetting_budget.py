@@ -154,7 +154,7 @@ class ForgettingBudget(EditCallback):
         (penalty,) = found
         if penalty.adapted:
             raise EditError(
-                f"another ForgettingBudget already adapts the penalty that is measured on {penalty.measured_on}; keep "
+                f"another ForgettingBudget already adapts the penalty with measured_on={penalty.measured_on!r}; keep "
                 "only one ForgettingBudget, or give each ForgettingBudget a different measured_on=."
             )
         if penalty.weight == 0.0:

@@ -213,7 +213,7 @@ class GradientMask(EditCallback):
         edits = self.edits if self.edits is not None else run.edits or run.host.edits()
         if edits is None:
             raise EditError(
-                f"score={self.score.name!r} needs edits, and this {run.host.name} run has no edits of its own; pass "
+                f"score={self.score.name!r} needs edits, and this run ({run.host.name}) has no edits of its own; pass "
                 "edits= (a path, a list of Edit or an EditDataset)."
             )
         return EditDataset.of(edits)

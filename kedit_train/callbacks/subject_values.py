@@ -216,7 +216,8 @@ class SubjectValues(PolyakStep):
         self._compute_duals()
         if not self.sequential:
             self._moments.free_factors()
-        self._trained_prompts = TrainedPrompts(run, tokenizer, edits, "SubjectValues")
+        if self.edits is not None:
+            self._trained_prompts = TrainedPrompts(run, tokenizer, edits, "SubjectValues")
         self._outputs = self._squares({name: full_tensor(wide(run.reference[name])) for name in self._layers})
         super().attach(run)
 
@@ -303,17 +304,19 @@ class SubjectValues(PolyakStep):
                 duals, changes = dual_keys(rows, self._moments.damped(self.run, name))
             products[name] = (duals * rows).sum(dim=1)[: len(keys)]
             # With this scale, steps of equal length change the outputs on the texts equally, for every edit and layer.
-            own = (duals / changes[:, None])[: len(keys)]
+            # The layout in memory is that of a tensor read from a checkpoint, because products depend on it.
+            own = (duals / changes[:, None])[: len(keys)].contiguous()
             # Every process must take the same step, but the last bits of a solution may differ between processes.
             (self._duals[name],) = broadcast_from_first([own])
-        shared = torch.stack([*products.values()]).amax(dim=0) < _SHARED
+        # In every run of a sequence, the keys of the first layer are the same. Earlier runs change the keys above it.
+        shared = next(iter(products.values())) < _SHARED
         if count := int(shared.sum()):
             first = self._prompts[int(shared.nonzero()[0])]
             warn(
                 f"{count} of {len(self._prompts)} edits (the first: {shorten(first)!r}) have nearly the same keys "
-                "(layer inputs at the subject) as other edits, so these edits are not learned independently. Either "
-                "their prompts have the same subject and begin alike, or there are too many edits for these layers; "
-                "train such edits with another callback, for example PolyakStep."
+                "(layer inputs at the subject) as other edits of this run or of earlier runs, so these edits are not "
+                "learned independently. Either their prompts have the same subject and begin alike, or there are too "
+                "many edits for these layers; train such edits with another callback, for example PolyakStep."
             )
 
     def __repr__(self) -> str:

@@ -102,7 +102,7 @@ class Host:
         return None
 
     def gradient_error(self) -> str | None:
-        """Return an error message if the gradients are wrong just before an optimizer step, else None."""
+        """Check the gradients just before an optimizer step. Return an error message if they are wrong, else None."""
         return None
 
     def unannounced_step_error(self) -> str:

@@ -24,8 +24,8 @@ class OptimizerSteps:
     """Add penalties before each optimizer step and apply constraints after it, in torch's global optimizer hooks.
 
     The hooks ignore every optimizer that has no parameter of the scope. They work with any wrapper (accelerate, Fabric,
-    DDP) and with any optimizer that calls torch's hooks. A training loop announces a step by calling :meth:`penalty`. A step
-    that was not announced raises an error.
+    DDP) and with any optimizer that calls torch's hooks. A training loop announces a step by calling :meth:`penalty`. A
+    step that was not announced raises an error.
 
     Args:
         run: the run, with the scoped parameters.

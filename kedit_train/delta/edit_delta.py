@@ -133,7 +133,9 @@ class EditDelta:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> EditDelta:
-        """Read a file from :meth:`save`, and verify every byte. The file may be changed or deleted afterwards.
+        """Read a file from :meth:`save`, and verify every byte.
+
+        The delta uses its own copy, so you can change or delete the file as soon as this method has returned.
 
         A file of up to 64 MiB is copied into memory. A larger file is copied to a temporary file on disk, next to the
         original or in the folder for temporary files. Tensors in the temporary file take memory only when they are

@@ -208,7 +208,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "an empty target": (
         {"new": ([torch.zeros(0, 6)], [torch.zeros(0, 3)])},
-        r"the target for new\[0\]\[0\] must not be empty, got \(0, 3\)",
+        r"the target for new\[0\]\[0\] must not be empty, got shape \(0, 3\)",
     ),
     "NaN in a target": (
         {"new": (INPUTS, [TARGETS[0], torch.full_like(TARGETS[1], float("nan"))])},

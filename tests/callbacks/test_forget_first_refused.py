@@ -46,7 +46,7 @@ def test_the_training_may_be_a_mapping_as_in_yaml() -> None:
             lambda: [ForgetFirst(TEXTS, edits=EDITS)],
             r"ForgetFirst: the run needs a scope \(the parameters that may change\)",
         ),
-        (lambda: [scope(), ForgetFirst(TEXTS)], "ForgetFirst: edits must be given, .* run has no edits of its own"),
+        (lambda: [scope(), ForgetFirst(TEXTS)], "ForgetFirst: edits must be given, .* has no edits of its own"),
         (lambda: [scope(), ForgetFirst("nowhere.txt", edits=EDITS)], "ForgetFirst: .*nowhere.txt"),
         (
             lambda: [scope(), *(ForgetFirst(TEXTS, edits=EDITS) for _ in range(2))],

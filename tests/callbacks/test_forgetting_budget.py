@@ -241,7 +241,10 @@ def test_a_weight_below_the_smallest_weight_changes_by_the_same_factor(make, wor
     ("callbacks", "message"),
     [
         ([ForgettingBudget()], r"no callback .* adds a penalty whose weight can be adapted; add KLLocality\(texts\)"),
-        ([ForgettingBudget(), *both()], r"there are 2 penalties, .* only one can be adapted; set measured_on="),
+        (
+            [ForgettingBudget(), *both()],
+            r"only one penalty can be adapted, but this run has 2: .*; set measured_on=",
+        ),
         (
             [ForgettingBudget(measured_on="texts"), KLLocality(TEXTS), KLLocality(TEXTS, weight=1.0)],
             r"only one penalty can be adapted, but this run has 2: .*; keep only one of the penalties",
@@ -250,7 +253,7 @@ def test_a_weight_below_the_smallest_weight_changes_by_the_same_factor(make, wor
         ([ForgettingBudget(measured_on="texts"), BatchAnchor()], 'measured_on="texts" needs KLLocality'),
         (
             [ForgettingBudget(0.1), ForgettingBudget(0.2), BatchAnchor()],
-            "another ForgettingBudget already adapts the penalty that is measured on batch",
+            "another ForgettingBudget already adapts the penalty with measured_on='batch'",
         ),
         ([ForgettingBudget(), BatchAnchor(0.0)], "weight of BatchAnchor must be > 0, got 0"),
     ],

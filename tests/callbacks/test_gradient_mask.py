@@ -230,7 +230,7 @@ def test_edits_of_another_callback_are_used_in_any_order_of_the_list(make, words
     with (
         editing(model, [GradientMask()], tokenizer=words) as edit,
         pytest.raises(
-            EditError, match=r"^GradientMask: score='gradient' needs edits, and this plain loop run has no edits"
+            EditError, match=r"^GradientMask: score='gradient' needs edits, and this run .plain loop. has no edits"
         ),
     ):
         edit.before_step()

@@ -170,7 +170,7 @@ def test_later_runs_do_not_use_texts_with_their_evaluation_prompts(model, tokeni
     )
 
 
-def test_a_run_of_a_sequence_is_resumed_bit_for_bit_in_a_new_process(tokenizer, edits):
+def test_a_run_of_a_sequence_is_resumed_bit_for_bit_in_a_new_process(tokenizer, edits, tmp_path):
     models, callbacks = [world.load()[0] for _ in range(2)], [SubjectValues(TEXTS, sequential=True) for _ in range(2)]
     for model, callback in zip(models, callbacks, strict=True):
         run_steps(model, tokenizer, edits[:2], callback, layers="1-3")
@@ -187,7 +187,8 @@ def test_a_run_of_a_sequence_is_resumed_bit_for_bit_in_a_new_process(tokenizer, 
     ) as run:  # fmt: skip
         optimizer = torch.optim.AdamW(run.parameters(), lr=1e-2, weight_decay=0.1)
         new.load_state_dict(after)
-        run.load_state_dict(saved)
+        torch.save(saved, tmp_path / "state.pt")
+        run.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
         for _ in range(2):
             run.before_step()
             new(**batch_of(tokenizer, edits[2:])).loss.backward()
@@ -202,6 +203,16 @@ def test_a_warning_says_that_the_examples_contain_none_of_the_edits(model, token
     other = EditDataset.load("world", limit=8)[4:]
     with pytest.warns(UserWarning, match="^SubjectValues: none of the first 32 training examples contains the prompt"):
         run_steps(model, tokenizer, edits, SubjectValues(TEXTS, edits=other), steps=8)
+
+
+def test_a_warning_says_that_an_edit_shares_its_key_with_an_edit_of_an_earlier_run(model, tokenizer, edits):
+    callback, (first, *_) = SubjectValues(TEXTS, sequential=True), edits
+    run_steps(model, tokenizer, [first], callback, layers="1-3")
+    begin = first.prompt[: first.prompt.index(first.subject) + len(first.subject)]
+    with pytest.warns(UserWarning, match="1 of 1 edits .* of this run or of earlier runs"):
+        run_steps(
+            model, tokenizer, [Edit(f"{begin} is", "red", subject=first.subject)], callback, layers="1-3", steps=1
+        )
 
 
 def test_a_warning_says_which_edits_share_a_key(model, tokenizer, edits):

@@ -57,9 +57,8 @@ class TrainedPrompts:
             self.stop()
             with reported_by(self._component):
                 warn(
-                    f"none of the first {self._rows} training examples contains the prompt of an edit, so the run "
-                    "trains other facts than the edits that this callback was given; set edits= to the edits in the "
-                    "training data."
+                    f"none of the first {self._rows} training examples contains the prompt of an edit. If the training "
+                    "data does not contain the edits, set edits= to the edits in the training data."
                 )
 
 

@@ -83,7 +83,7 @@ class Cell:
 
     Args:
         text: plain text.
-        html: HTML that is shown after the text. The caller has escaped it.
+        html: HTML that is shown after the text. It is inserted as it is, so the caller must escape all text in it.
         style: class of the cell: "number", "label", "text" (long words may be broken), "yes", "no", "dim" or empty.
     """
 
