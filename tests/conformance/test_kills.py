@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conformance import killed_runs, kills
 
 pytestmark = [
@@ -15,6 +16,15 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning"),
 ]
 HOSTS = list(killed_runs.RUNS)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """A forked child that uses several threads of OpenMP waits forever if its parent has used them before."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("host", [h if h == "Trainer" else pytest.param(h, marks=pytest.mark.slow) for h in HOSTS])
