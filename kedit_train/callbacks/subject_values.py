@@ -296,20 +296,22 @@ class SubjectValues(PolyakStep):
             self._moments, self._earlier = self._new_moments(), {}
 
     def _compute_duals(self) -> None:
-        products = {}
+        products: list[Tensor] = []
         for name, keys in self._keys.items():
             # Each dual key has the inner product 0 with the keys of earlier edits, too.
             rows = torch.stack([*keys, *(earlier[name] for earlier in self._earlier.values())])
             with naming_weight(name):
                 duals, changes = dual_keys(rows, self._moments.damped(self.run, name))
-            products[name] = (duals * rows).sum(dim=1)[: len(keys)]
+            products.append((duals * rows).sum(dim=1)[: len(keys)])
             # With this scale, steps of equal length change the outputs on the texts equally, for every edit and layer.
             # The layout in memory is that of a tensor read from a checkpoint, because products depend on it.
             own = (duals / changes[:, None])[: len(keys)].contiguous()
             # Every process must take the same step, but the last bits of a solution may differ between processes.
             (self._duals[name],) = broadcast_from_first([own])
         # In every run of a sequence, the keys of the first layer are the same. Earlier runs change the keys above it.
-        shared = next(iter(products.values())) < _SHARED
+        self._warn_of_shared_keys(products[0] < _SHARED)
+
+    def _warn_of_shared_keys(self, shared: Tensor) -> None:
         if count := int(shared.sum()):
             first = self._prompts[int(shared.nonzero()[0])]
             warn(

@@ -44,8 +44,13 @@ class EndDecision:
     reason: str
     probability: float | None = None
 
+    @property
+    def setting(self) -> str:
+        """The setting with its reason, for example "on, because append_eos=True was set"."""
+        return f"{'on' if self.append else 'off'}, because {self.reason}"
+
     def __str__(self) -> str:
-        return f"append_eos: {'on' if self.append else 'off'}, because {self.reason}"
+        return f"append_eos: {self.setting}"
 
 
 def decide_append_eos(

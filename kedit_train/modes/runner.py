@@ -135,7 +135,7 @@ def run_edits(
         if isinstance(train, TrainLoop):
             # All edits are used to decide whether targets end with end-of-text. Without this call, the first training
             # would make the decision from its own edits alone.
-            meta["append_eos"] = str(train.append_eos(model, run.edits)).removeprefix("append_eos: ")
+            meta["append_eos"] = train.append_eos(model, run.edits).setting
         copied = ("data_name", "data_hash", "model", "versions", "settings", "date")
         meta |= {name: unedited.meta[name] for name in copied}
         if wandb_run is not None:
