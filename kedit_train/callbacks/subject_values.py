@@ -22,7 +22,7 @@ from kedit_train.core.fsdp import full_tensor, shard_like
 from kedit_train.core.locality.consecutive_runs import continues_run, given_edits, readable_again
 from kedit_train.core.locality.texts import Texts, TextSource
 from kedit_train.core.run import EditRun
-from kedit_train.core.scope.trained_prompts import TrainedPrompts
+from kedit_train.core.scope.untrained_edits import UntrainedEdits
 from kedit_train.data import EditDataset
 from kedit_train.data.neighbor_prompts import has_subject
 from kedit_train.data.tokenization import shorten
@@ -171,7 +171,7 @@ class SubjectValues(PolyakStep):
         # In a sequence of runs: the keys of earlier edits (prompt -> weight -> [d_in]).
         self._earlier: dict[str, dict[str, Tensor]] = {}
         self._prompts: list[str] = []
-        self._trained_prompts: TrainedPrompts | None = None
+        self._untrained_edits: UntrainedEdits | None = None
         self._model: weakref.ref[nn.Module] | None = None
 
     def prepare(self, run: EditRun) -> None:
@@ -217,7 +217,7 @@ class SubjectValues(PolyakStep):
         if not self.sequential:
             self._moments.free_factors()
         if self.edits is not None:
-            self._trained_prompts = TrainedPrompts(run, tokenizer, edits, "SubjectValues")
+            self._untrained_edits = UntrainedEdits(run, tokenizer, edits, "SubjectValues")
         self._outputs = self._squares({name: full_tensor(wide(run.reference[name])) for name in self._layers})
         super().attach(run)
 
@@ -288,9 +288,9 @@ class SubjectValues(PolyakStep):
 
     def detach(self, run: EditRun) -> None:
         super().detach(run)
-        if self._trained_prompts is not None:
-            self._trained_prompts.stop()
-            self._trained_prompts = None
+        if self._untrained_edits is not None:
+            self._untrained_edits.stop()
+            self._untrained_edits = None
         self._layers, self._keys, self._duals = {}, {}, {}
         if not self.sequential:
             self._moments, self._earlier = self._new_moments(), {}

@@ -8,6 +8,7 @@ from typing import Any
 from kedit_train.core.run import EditRun
 from kedit_train.data.chat_format import PROMPT_FORMAT, PromptFormat, chat_format, read_format
 from kedit_train.data.prompts import as_question, render_prompt
+from kedit_train.data.visible import without_spaces
 from kedit_train.edit import Edit
 from kedit_train.errors import warn
 
@@ -38,13 +39,13 @@ def training_format(run: EditRun, tokenizer: Any, edits: Sequence[Edit] = ()) ->
     examples = first_examples(run.host)
     if any(map(_is_conversation, examples)):
         return "chat"
-    texts = [_squeeze(text) for example in examples if (text := _text_of(example, tokenizer))]
+    texts = [without_spaces(text) for example in examples if (text := _text_of(example, tokenizer))]
     if not texts:
         return None
     if any(map(is_chat(tokenizer), texts)):
         return "chat"
     # The format is "question" if an example contains the prompt of an edit, written as a question.
-    questions = (_squeeze(as_question(edit.prompt)) for edit in edits[:1000])
+    questions = (without_spaces(as_question(edit.prompt)) for edit in edits[:1000])
     return "question" if any(question in text for question in questions for text in texts) else "plain"
 
 
@@ -93,7 +94,7 @@ def warn_without_chats(run: EditRun, tokenizer: Any, sequences: Sequence[Sequenc
     if found is None or chat_format(found) is None:
         return
     is_a_chat = is_chat(tokenizer)
-    if not any(is_a_chat(_squeeze(tokenizer.decode(ids))) for ids in sequences[:1000]):
+    if not any(is_a_chat(without_spaces(tokenizer.decode(ids))) for ids in sequences[:1000]):
         warn(
             f"the training examples are chats, but none of the {len(sequences)} texts in texts= is a chat, so these "
             "texts do not preserve the model's answers in chats; add conversations (records with the key "
@@ -109,7 +110,7 @@ def is_chat(tokenizer: Any) -> Any:
     """
     header = ""
     if getattr(tokenizer, "chat_template", None):
-        header = _squeeze(render_prompt(tokenizer, _PLACEHOLDER, "chat").rpartition(_PLACEHOLDER)[2])
+        header = without_spaces(render_prompt(tokenizer, _PLACEHOLDER, "chat").rpartition(_PLACEHOLDER)[2])
     return lambda text: bool(header) and header in text
 
 
@@ -143,11 +144,13 @@ def _has_other_context(run: EditRun, tokenizer: Any, edits: Sequence[Edit]) -> b
     The result is False if no chat contains the prompt of an edit. It is also False if any chat begins with the prompt
     of an edit.
     """
-    texts = [_squeeze(_text_of(example, tokenizer)) for example in first_examples(run.host)]
-    trained = [(text, edit) for edit in edits[:1000] for text in texts if _squeeze(edit.prompt) in text]
+    texts = [without_spaces(_text_of(example, tokenizer)) for example in first_examples(run.host)]
+    trained = [(text, edit) for edit in edits[:1000] for text in texts if without_spaces(edit.prompt) in text]
     begin = tokenizer.bos_token or ""
     return bool(trained) and not any(
-        text.removeprefix(begin).startswith(_squeeze(render_prompt(tokenizer, edit.prompt, "chat")).removeprefix(begin))
+        text.removeprefix(begin).startswith(
+            without_spaces(render_prompt(tokenizer, edit.prompt, "chat")).removeprefix(begin)
+        )
         for text, edit in trained
     )
 
@@ -159,7 +162,3 @@ def _text_of(example: Any, tokenizer: Any) -> str:
         # Trainers that generate their completions (GRPO, SDFT, ...) tokenize the prompts during training.
         return example["prompt"]
     return tokenizer.decode(list(ids)) if isinstance(ids, Iterable) else ""
-
-
-def _squeeze(text: str) -> str:
-    return "".join(text.split())

@@ -52,3 +52,13 @@ def fold(text: str) -> str:
 @lru_cache(maxsize=10_000)
 def _is_visible(character: str) -> bool:
     return character not in INVISIBLE and unicodedata.category(character) not in INVISIBLE_CATEGORIES
+
+
+def without_spaces(text: str) -> str:
+    """Return the text without white space, to find a prompt in a text that contains it with other white space.
+
+    Example:
+        >>> without_spaces("Ada lives") in without_spaces("User:\\nAda  lives in Bern")
+        True
+    """
+    return "".join(text.split())

@@ -24,7 +24,7 @@ def kl_divergence(p_logits: Tensor, q_logits: Tensor) -> Tensor:
     Returns:
         [N] in nats, computed in fp32 (in fp64 for fp64 logits).
     """
-    p_log, q_log = _log_softmax(p_logits), _log_softmax(q_logits)
+    p_log, q_log = log_softmax(p_logits), log_softmax(q_logits)
     p = p_log.exp()
     # The difference is masked before the product, because two logits of minus infinity would give NaN in the gradient.
     return (p * (p_log - q_log).masked_fill(p == 0, 0.0)).sum(-1)
@@ -42,7 +42,7 @@ def jensen_shannon(p_logits: Tensor, q_logits: Tensor) -> Tensor:
     Returns:
         [N] in nats, at most ln 2, computed in fp32 (in fp64 for fp64 logits).
     """
-    p_log, q_log = _log_softmax(p_logits), _log_softmax(q_logits)
+    p_log, q_log = log_softmax(p_logits), log_softmax(q_logits)
     # The values are clamped, because two logits of minus infinity would give NaN. The probability stays zero.
     p_log, q_log = (x.clamp(min=torch.finfo(x.dtype).min / 2) for x in (p_log, q_log))
     mixture = torch.logaddexp(p_log, q_log) - math.log(2.0)
@@ -135,5 +135,6 @@ def _tilt(q: Tensor, p: Tensor) -> Tensor:
     return (q - p).div_(q + p).nan_to_num_(nan=0.0)
 
 
-def _log_softmax(logits: Tensor) -> Tensor:
+def log_softmax(logits: Tensor) -> Tensor:
+    """Return the log probabilities of logits [..., V], in fp32 (fp64 if the logits are in fp64)."""
     return wide(logits).log_softmax(-1)

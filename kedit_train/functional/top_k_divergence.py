@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kedit_train.functional.divergence import Direction, token_divergence
+from kedit_train.functional.divergence import Direction, log_softmax, token_divergence
 
 
 def top_log_probs(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -20,7 +20,7 @@ def top_log_probs(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
         belongs to all other tokens together (minus infinity if ``k == V``). The log-probabilities are computed in fp32
         (in fp64 for fp64 logits).
     """
-    log_probs = _log_softmax(logits)
+    log_probs = log_softmax(logits)
     top, tokens = log_probs.topk(k, dim=-1)
     return torch.cat([top, _rest(log_probs, tokens)], dim=-1), tokens
 
@@ -40,7 +40,7 @@ def bucket_divergence(reference: Tensor, tokens: Tensor, logits: Tensor, *, dire
     Returns:
         [N] in nats.
     """
-    log_probs = _log_softmax(logits)
+    log_probs = log_softmax(logits)
     own = log_probs.gather(-1, tokens)
     if tokens.shape[-1] == logits.shape[-1]:
         # There are no other tokens, and minus infinity on both sides would give NaN in the gradient.
@@ -52,7 +52,3 @@ def _rest(log_probs: Tensor, tokens: Tensor) -> Tensor:
     """Return the log of the total probability of all tokens except ``tokens``, [N, 1]."""
     # The difference of 1 and the probability of ``tokens`` would lose small values to rounding.
     return log_probs.scatter(-1, tokens, -torch.inf).logsumexp(-1, keepdim=True)
-
-
-def _log_softmax(logits: Tensor) -> Tensor:
-    return (logits if logits.dtype == torch.float64 else logits.float()).log_softmax(-1)

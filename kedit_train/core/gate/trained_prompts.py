@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from kedit_train.data.tokenization import Encoded
+from kedit_train.data.visible import without_spaces
 from kedit_train.edit import Edit
 
 # The maximum number of training examples that are searched, and of edits whose prompts are searched for.
@@ -30,12 +31,12 @@ def trained_prompts(host: Any, tokenizer: Any, edits: Sequence[Edit]) -> list[li
         tokenizer: the tokenizer of the examples.
         edits: the edits.
     """
-    asked = [_squeeze(edit.prompt) for edit in edits[:_EDITS]]
+    asked = [without_spaces(edit.prompt) for edit in edits[:_EDITS]]
     found: dict[tuple[int, ...], None] = {}
     for example in _examples(host):
         for ids, begin in _before_targets(example):
             if tuple(ids) not in found:
-                text = _squeeze(tokenizer.decode(ids[begin:]))
+                text = without_spaces(tokenizer.decode(ids[begin:]))
                 if any(prompt in text for prompt in asked):
                     found[tuple(ids)] = None
     return [list(ids) for ids in found]
@@ -82,7 +83,3 @@ def _trained(row: Mapping[str, Any], length: int) -> list[bool]:
     if mask is None and labels is not None:
         mask = [int(label) >= 0 for label in labels]
     return [bool(value) for value in mask] if mask is not None and len(mask) == length else []
-
-
-def _squeeze(text: str) -> str:
-    return "".join(text.split())

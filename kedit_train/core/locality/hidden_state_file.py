@@ -143,7 +143,7 @@ def read_states(
     return states
 
 
-def check_writable(path: Path) -> None:
+def create_folder(path: Path) -> None:
     """Create the directory of a file that will be written later, and check that the file can be written.
 
     Raises:

@@ -20,8 +20,8 @@ from kedit_train.core.cache.sequence_keys import hash_sequences
 from kedit_train.core.locality.hidden_state_file import (
     Batch,
     ReferenceStates,
-    check_writable,
     collect_states,
+    create_folder,
     read_states,
     write_states,
 )
@@ -137,7 +137,7 @@ def compute_or_read(
     if _on_all_processes(states is not None, device):
         assert states is not None
         return states, True
-    error = _error_of(lambda: check_writable(path)) if writes else None
+    error = _error_of(lambda: create_folder(path)) if writes else None
     _raise_together(error, device)
     batches = compute()
     if writes:

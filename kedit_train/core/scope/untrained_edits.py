@@ -11,6 +11,7 @@ from torch import Tensor
 from kedit_train.core.cache.sequence_keys import real_tokens
 from kedit_train.core.run import EditRun
 from kedit_train.core.weak_hook import weak_hook
+from kedit_train.data.visible import without_spaces
 from kedit_train.edit import Edit
 from kedit_train.errors import reported_by, warn
 
@@ -18,7 +19,7 @@ from kedit_train.errors import reported_by, warn
 _EXAMPLES = 32
 
 
-class TrainedPrompts:
+class UntrainedEdits:
     """Reads the first training examples of a run, and warns if none of them contains the prompt of an edit.
 
     Create the object in ``attach`` of a callback, and keep it until ``detach``. It reads the token ids that the model
@@ -33,7 +34,7 @@ class TrainedPrompts:
 
     def __init__(self, run: EditRun, tokenizer: Any, edits: Sequence[Edit], component: str) -> None:
         self._run, self._tokenizer, self._component = run, tokenizer, component
-        self._prompts = {_squeeze(edit.prompt) for edit in edits}
+        self._prompts = {without_spaces(edit.prompt) for edit in edits}
         self._rows = 0
         self._handle = run.model.register_forward_pre_hook(weak_hook(self._read), with_kwargs=True)
 
@@ -48,7 +49,7 @@ class TrainedPrompts:
         if self._run.steps.adding_penalties:
             return
         for row, real in zip(ids, real_tokens(kwargs.get("attention_mask"), ids), strict=True):
-            text = _squeeze(self._tokenizer.decode(row[real].tolist()))
+            text = without_spaces(self._tokenizer.decode(row[real].tolist()))
             if any(prompt in text for prompt in self._prompts):
                 self.stop()
                 return
@@ -60,7 +61,3 @@ class TrainedPrompts:
                     f"none of the first {self._rows} training examples contains the prompt of an edit. If the training "
                     "data does not contain the edits, set edits= to the edits in the training data."
                 )
-
-
-def _squeeze(text: str) -> str:
-    return "".join(text.split())
