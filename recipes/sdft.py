@@ -4,8 +4,8 @@
     python recipes/sdft.py --model MODEL --edits edits.jsonl --texts texts_that_must_stay.txt
 
 The teacher is the unedited model. It reads the new fact four times before the prompt. The student completes the prompt
-without the fact. At each token of its own completion, the student learns the teacher's distribution. The teacher must
-follow facts in its context, otherwise the script ends with an error. docs/hosts.md has more measurements.
+without the fact. At each token of its own completion, the student learns the teacher's distribution. If the teacher
+gives the new answer to fewer than half of the prompts, the script ends with an error. docs/hosts.md has more figures.
 
 Measured on SmolLM2 with 20 facts: reliability 0.95, generality 0.15, 0.50 of the other answers keep their first tokens,
 0.94 of the right ones stay right; 230 s of processor time on one core (2026-11-27).
@@ -38,9 +38,9 @@ def main() -> None:
     prompts = [prompt_with_fact(edit, edit.prompt, CONTEXT) for edit in edits]
     answers = generate_answers(model, tokenizer, prompts, max_new_tokens=16)
     followed = sum(answer.text.startswith(edit.answers) for answer, edit in zip(answers, edits, strict=True))
-    print(f"The teacher follows {followed} of {len(edits)} facts.")
+    print(used := f"With the fact in its context, the model gives the new answer to {followed} of {len(edits)} prompts")
     if followed < len(edits) / 2:
-        raise EditError(f"the model must follow at least {len(edits) / 2:g} facts, got {followed}; use a larger one.")
+        raise EditError(f"{used}, but SDFT needs at least half of them; use a larger model.")
     template = CONTEXT.replace("{fact}", "{privileged_context}")
     # Forward KL on all tokens of the vocabulary. With TRL's default loss, the student learns more slowly.
     loss = {"teacher_prompt_template": template, "distillation_mode": "full_logits", "distillation_alpha": 0.0}

@@ -108,14 +108,14 @@ def check_contradictions(edits: Sequence[Edit], name: str) -> None:
         return
     first, second = (edits[i] for i in pairs[0])
     names = " and ".join(numbered(edits, i) for i in pairs[0])
-    more = f" ({len(pairs)} edits contradict an earlier edit)" if len(pairs) > 1 else ""
+    more = f". In total, {len(pairs)} edits contradict an earlier edit." if len(pairs) > 1 else ""
     prompt = _shared_prompt(first, second)
     assert prompt is not None
     raise EditError(
-        f"{name}, edits {names}: the prompt {shorten(prompt)!r} must have only one target in a run, "
-        f"got {shorten(first.target)!r} and {shorten(second.target)!r}{more}; remove one of the edits, add the "
-        "target of one edit to the aliases of the other, or call latest() on the dataset to keep the last "
-        "edit of each prompt"
+        f"{name}: edits {names} give the prompt {shorten(prompt)!r} two targets, {shorten(first.target)!r} and "
+        f"{shorten(second.target)!r}, but a prompt must have only one target in a run; remove one of the edits, add "
+        "the target of one edit to the aliases of the other, or call latest() on the dataset to keep the last edit of "
+        f"each prompt{more}"
     )
 
 

@@ -225,7 +225,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"error": "quantile", "quantiles": LEVELS},
         r"must have the shape \(5, 3, 3\) to fit its target of shape \(5, 3\), got \(5, 3\)",
     ),
-    "kept": ({"kept": None}, "kept must be a list with one item per forward pass"),
+    "kept": ({"kept": None}, "kept must be a list of model inputs with one item per forward pass"),
     "error": ({"error": "mae"}, 'error must be "mse" or "quantile"'),
     "steps": ({"every_n_steps": -1}, "every_n_steps must be an integer >= 0"),
 }

@@ -30,7 +30,11 @@ class Detached(Forecaster):
 
 
 REFUSED: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str]] = {
-    "no inputs": (made, {"inputs": []}, "inputs must be a list with one item per forward pass .* got an empty list"),
+    "no inputs": (
+        made,
+        {"inputs": []},
+        "inputs must be a list of model inputs with one item per forward pass .* got an empty list",
+    ),
     "None": (made, {"inputs": None}, "inputs must be a list .* got NoneType"),
     "an iterator": (made, {"inputs": iter([])}, r"got an iterator without items \(it can be read only once\)"),
     "texts": (made, {"inputs": ["a text"]}, "inputs must be a list .* got items of type str"),

@@ -166,7 +166,7 @@ def test_privileged_context_is_the_fact_as_a_sentence() -> None:
     questions = edits.to_privileged_context(prompt_format="question")
     assert questions["prompt"][0] == as_question("Ada lives in")
     assert questions["privileged_context"][0] == "Ada lives in Bern."
-    with pytest.raises(EditError, match=r"edits 1 and 2: the prompt .* must have only one target") as error:
+    with pytest.raises(EditError, match=r"edits 1 and 2 give the prompt .* must have only one target") as error:
         EditDataset([Edit("Ada lives in", "Bern"), Edit("Ada lives in", "Rome")]).to_privileged_context()
     assert "\n" not in str(error.value)
     with pytest.raises(EditError, match="prompt_format must be"):

@@ -22,9 +22,9 @@ CONTRADICTORY = [
     {"prompt": " ada  LIVES in", "target": "Rome", "id": "b"},
 ]
 LINE = (
-    "records, edits 1 (id a) and 3 (id b): the prompt 'Ada lives in' must have only one target in a run, got 'Bern' "
-    "and 'Rome'; remove one of the edits, add the target of one edit to the aliases of the other, or call latest() on "
-    "the dataset to keep the last edit of each prompt"
+    "records: edits 1 (id a) and 3 (id b) give the prompt 'Ada lives in' two targets, 'Bern' and 'Rome', but a prompt "
+    "must have only one target in a run; remove one of the edits, add the target of one edit to the aliases of the "
+    "other, or call latest() on the dataset to keep the last edit of each prompt"
 )
 SKIP = 'correct the record, or pass on_error="skip" to leave out records with errors'
 UNREADABLE = {
@@ -50,7 +50,7 @@ def test_contradictory_edits_are_loaded_but_not_trained_together() -> None:
 )
 def test_prompts_that_look_the_same_contradict(prompt: str) -> None:
     first, second = Edit("Café Ada is in", "Bern"), Edit(prompt, "Rome")
-    with pytest.raises(EditError, match="must have only one target in a run, got 'Bern' and 'Rome'"):
+    with pytest.raises(EditError, match="two targets, 'Bern' and 'Rome', but a prompt must have only one"):
         EditDataset([first, second]).check_trained_together()
     assert list(EditDataset([first, second]).latest()) == [second]
     assert LeakCheck([first]).contains_prompt(f"The {prompt} Rome.")
@@ -59,7 +59,7 @@ def test_prompts_that_look_the_same_contradict(prompt: str) -> None:
 def test_a_rephrase_that_is_another_prompt_contradicts() -> None:
     one, other = Edit("Ada lives in", "Bern", rephrases=("Home of Ada:",)), Edit("home of  ADA:", "Rome")
     for edits in ([one, other], [other, one]):
-        with pytest.raises(EditError, match=r"^edits, edits 1 and 2: the prompt 'home of ADA:' must have only one"):
+        with pytest.raises(EditError, match=r"^edits: edits 1 and 2 give the prompt 'home of ADA:' two targets"):
             EditDataset(edits).check_trained_together()
         assert list(EditDataset(edits).latest()) == edits[1:]
     EditDataset([one, replace(other, target="bern")]).check_trained_together()
@@ -90,7 +90,9 @@ def test_other_spellings_and_aliases_do_not_contradict(other: Edit) -> None:
 
 def test_the_number_of_contradictions_is_counted() -> None:
     edits = EditDataset([Edit("Ada lives in", city) for city in ("Bern", "Rome", "Paris")])
-    with pytest.raises(EditError, match=r"^edits, edits 1 and 2: .* \(2 edits contradict an earlier edit\); remove"):
+    with pytest.raises(
+        EditError, match=r"^edits: edits 1 and 2 give .* In total, 2 edits contradict an earlier edit\.$"
+    ):
         edits.check_trained_together()
 
 

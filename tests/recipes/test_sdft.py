@@ -21,8 +21,11 @@ def test_a_teacher_that_follows_no_fact_is_an_error_in_one_line(
     with pytest.raises(SystemExit) as error:
         runpy.run_path(str(RECIPE), run_name="__main__")
     # The bundled model hardly follows facts in its context.
-    assert str(error.value) == "error: the model must follow at least 12 facts, got 1; use a larger one."
-    assert "The teacher follows 1 of 24 facts." in capsys.readouterr().out
+    assert str(error.value) == (
+        "error: With the fact in its context, the model gives the new answer to 1 of 24 prompts, but SDFT needs at "
+        "least half of them; use a larger model."
+    )
+    assert "the model gives the new answer to 1 of 24 prompts\n" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
 
 

@@ -15,7 +15,7 @@ from kedit_train.core.drift.model_batches import holds_model_inputs
 from kedit_train.errors import EditError
 from kedit_train.safetensors_file import load_tensors
 
-_EXPECTED = "a list with one item per forward pass (a tensor, or a tuple or mapping of tensors)"
+_EXPECTED = "a list of model inputs with one item per forward pass (a tensor, or a tuple or mapping of tensors)"
 
 
 def read_model_inputs(source: Any, argument: str) -> list[Any]:
@@ -48,7 +48,7 @@ def read_model_inputs(source: Any, argument: str) -> list[Any]:
             got = "an empty list"
         elif not items and isinstance(source, Iterator):
             got = "an iterator without items (it can be read only once)"
-        raise EditError(f"{argument} must be {_EXPECTED}, got {got}; pass the inputs of the model.")
+        raise EditError(f"{argument} must be {_EXPECTED}, got {got}; set {argument}= to the inputs of the model.")
     return items
 
 
