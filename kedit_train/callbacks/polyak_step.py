@@ -114,11 +114,12 @@ class PolyakStep(EditCallback):
         self._gradients, self._before, self._averages = {}, {}, self.new_averages()
         self._lowest, self._since = math.inf, 0
         # After gradient clipping, the gradient would no longer predict how much a step reduces the loss.
-        largest = run.host.disable_clipping()
-        if largest is not None:
+        clipping = run.host.disable_clipping()
+        if clipping is not None:
+            name, _, _ = clipping.partition("=")
             warn(
-                f"max_grad_norm={largest:g} is ignored during this training, because this callback chooses the length "
-                "of each step itself; set max_grad_norm=0 to avoid this warning."
+                f"{clipping} is ignored during this training, because this callback chooses the length of each step "
+                f"itself; set {name}=0 to avoid this warning."
             )
         self._norm = total(wide(run.reference[name]).square() for name in run.scope) ** 0.5
         if self._norm == 0.0:

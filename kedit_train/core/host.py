@@ -120,11 +120,12 @@ class Host:
         """Whether the loop loads the weights of its best checkpoint when training ends."""
         return False
 
-    def disable_clipping(self) -> float | None:
-        """Turn gradient clipping off, if the loop clips before it calls ``run.steps.before_optimizer_step``.
+    def disable_clipping(self) -> str | None:
+        """Turn off the gradient clipping of the trainer.
 
         Returns:
-            The maximum gradient norm that the loop has used for clipping, or None if nothing was turned off.
+            The name of the trainer's argument and its value, for example "max_grad_norm=1". None if the trainer does
+            not clip gradients.
         """
         return None
 

@@ -1,7 +1,8 @@
-"""PolyakStep with a gradient scaler: the scale does not change the steps, and a skipped step leaves no trace."""
+"""PolyakStep with a gradient scaler or gradient clipping: neither changes the steps. A skipped step leaves no trace."""
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import lightning as L
@@ -12,6 +13,28 @@ from callbacks.polyak_runs import callbacks
 
 from kedit_train import EditCollator, EditDataset, world
 from kedit_train.callbacks import ParameterScope, PolyakStep, TokenLoss, editing
+
+
+class Module(L.LightningModule):
+    def __init__(self, fused: bool) -> None:
+        super().__init__()
+        self.fused = fused
+        self.model, self.tokenizer = world.load()
+
+    def training_step(self, batch: Any, index: int) -> Any:
+        return self.model(**batch).loss
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.Adam(self.parameters(), lr=1e-3, fused=self.fused)
+
+
+def loader_for(module: Any) -> Any:
+    examples = EditDataset.load("world", limit=8).encode(module.tokenizer, model=module.model)
+    return torch.utils.data.DataLoader(examples, batch_size=8, collate_fn=EditCollator(module.tokenizer))
+
+
+def callbacks_of_run() -> list[Any]:
+    return [ParameterScope(0.7, modules="mlp.down_proj.weight"), TokenLoss("cross_entropy"), PolyakStep()]
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -49,27 +72,33 @@ def test_a_step_that_a_gradient_scaler_skips_leaves_no_trace(make, words, ids, f
 def test_lightning_lowers_the_scale_until_the_gradients_are_finite(fused):
     from lightning.pytorch.plugins import MixedPrecision
 
-    class Module(L.LightningModule):
-        def __init__(self) -> None:
-            super().__init__()
-            self.model, self.tokenizer = world.load()
-
-        def training_step(self, batch: Any, index: int) -> Any:
-            return self.model(**batch).loss
-
-        def configure_optimizers(self) -> Any:
-            return torch.optim.Adam(self.parameters(), lr=1e-3, fused=fused)
-
-    module = Module()
-    examples = EditDataset.load("world", limit=8).encode(module.tokenizer, model=module.model)
-    loader = torch.utils.data.DataLoader(examples, batch_size=8, collate_fn=EditCollator(module.tokenizer))
+    module = Module(fused)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24)
-    made = [ParameterScope(0.7, modules="mlp.down_proj.weight"), TokenLoss("cross_entropy"), PolyakStep()]
     trainer = L.Trainer(
-        max_epochs=8, callbacks=made, accelerator="cpu", logger=False, enable_checkpointing=False,
+        max_epochs=8, callbacks=callbacks_of_run(), accelerator="cpu", logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False,
         plugins=[MixedPrecision("16-mixed", "cpu", scaler=scaler)],
     )  # fmt: skip
-    trainer.fit(module, loader)
+    trainer.fit(module, loader_for(module))
     assert scaler.get_scale() < 2.0**24
     assert all(bool(parameter.isfinite().all()) for parameter in module.model.parameters())
+
+
+def test_lightning_does_not_clip_the_gradients():
+    weights = []
+    for clip in (None, 1e-3):
+        torch.manual_seed(0)
+        module = Module(fused=False)
+        trainer = L.Trainer(
+            max_epochs=2, callbacks=callbacks_of_run(), gradient_clip_val=clip, accelerator="cpu", logger=False,
+            enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        )  # fmt: skip
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            trainer.fit(module, loader_for(module))
+        messages = [str(w.message) for w in caught if "gradient_clip_val" in str(w.message)]
+        assert ["set gradient_clip_val=0 to avoid" in m for m in messages] == ([True] if clip else [])
+        # The argument of the trainer is as before.
+        assert trainer.gradient_clip_val == clip
+        weights.append({name: p.detach().clone() for name, p in module.model.named_parameters()})
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])

@@ -50,6 +50,7 @@ class LightningHost(Host):
         self.last_step, self.has_loss = 0, False
         self.checkpoint_state: dict[str, Any] | None = None
         self._metrics_defined = False
+        self._clip_value: float | None = None
         self.shape_check: Any = None
 
     def unannounced_step_error(self) -> str:
@@ -109,6 +110,17 @@ class LightningHost(Host):
 
     def forward_context(self) -> AbstractContextManager[Any]:
         return self.trainer.precision_plugin.forward_context()
+
+    def disable_clipping(self) -> str | None:
+        if not self.trainer.gradient_clip_val:
+            return None
+        # Lightning reads this attribute in every step.
+        self._clip_value, self.trainer.gradient_clip_val = self.trainer.gradient_clip_val, None
+        return f"gradient_clip_val={self._clip_value:g}"
+
+    def restore_clipping(self) -> None:
+        if self._clip_value is not None:
+            self.trainer.gradient_clip_val, self._clip_value = self._clip_value, None
 
     def loss_scale(self) -> float:
         """Return the factor that the mixed-precision plugin has applied to the loss."""

@@ -168,12 +168,12 @@ class TransformersHost(Host):
         hidden = f"{FILE}.*.unfinished"
         remove_abandoned([*output.glob(f".checkpoint-*-{hidden}"), *output.glob(f"checkpoint-*/.{hidden}")])
 
-    def disable_clipping(self) -> float | None:
+    def disable_clipping(self) -> str | None:
         if not self.args.max_grad_norm or self.args.max_grad_norm <= 0:
             return None
         # The trainer reads this argument in every step.
         self._largest_norm, self.args.max_grad_norm = self.args.max_grad_norm, 0.0
-        return self._largest_norm
+        return f"max_grad_norm={self._largest_norm:g}"
 
     def restore_clipping(self) -> None:
         if self._largest_norm is not None:
