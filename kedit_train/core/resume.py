@@ -47,7 +47,10 @@ def checkpoint_state(run: RunState, frozen: Mapping[str, int] | None = None) -> 
 
 
 def scope_checksums(run: RunState) -> dict[str, int]:
-    """Return the checksum of each complete weight in scope. Every process must call this if weights are sharded."""
+    """Return the checksum of each weight in scope.
+
+    Sharded weights are gathered first, so every process must call this function.
+    """
     return {name: checksums([full_tensor(p.detach())])[0] for name, p in run.scope.items()}
 
 

@@ -116,7 +116,9 @@ def test_an_adapter_on_the_hub_is_loaded_with_its_gate(tmp_path, monkeypatch, ca
     files = [name for name in os.listdir(tmp_path / "gated") if case == "gated" or not name.startswith("gate")]
     snapshot = hub_cache(tmp_path / "hub", tmp_path / "gated", files)
     if case == "unknown":
-        with pytest.raises(EditError, match="'me/mine' is in the cache, but it is not known whether it has a gate"):
+        with pytest.raises(
+            EditError, match="'me/mine' is in the download cache, but only the hub knows whether it has a gate"
+        ):
             load_model("me/mine")
     if case == "plain":
         # The library writes this file if the hub has answered that the repository has no such file.

@@ -179,7 +179,7 @@ def test_apply_on_another_model_says_what_differs_and_what_to_do(
             code, _, err = kedit(verb, file, folder, tmp_path / "out")
             assert (code, err.count("\n")) == (1, 1)
             assert err.startswith(f"error: {file} (made for ")
-            assert f" cannot be used with {folder}: " in err
+            assert f" cannot be applied to the model {str(folder)!r}: " in err
             assert reason in err
             assert "use the model for which the delta was made" in err
     assert not (tmp_path / "out").exists()

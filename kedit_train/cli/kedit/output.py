@@ -134,7 +134,7 @@ def naming_models(path: str, meta: Mapping[str, Any], model: str) -> Iterator[No
     except EditError as error:
         base = meta["base"].get("name")
         made_for = f" (made for {base})" if base else ""
-        raise EditError(f"{path}{made_for} cannot be used with {model}: {error}") from error
+        raise EditError(f"{path}{made_for} cannot be applied to the model {model!r}: {error}") from error
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> Path:

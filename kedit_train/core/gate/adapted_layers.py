@@ -60,7 +60,10 @@ def find_adapted_layers(model: Any) -> AdaptedLayers:
     if kind != "LORA":
         raise EditError(f"a gate needs a LoRA adapter, got {kind}; use LoraConfig.")
     if getattr(config, "bias", "none") != "none":
-        raise EditError(f'LoRA biases act on every input, so bias must be "none", got {config.bias!r}.')
+        raise EditError(
+            f'bias must be "none", got {config.bias!r}: trained biases would change answers even while the gate is '
+            'closed; use LoraConfig(bias="none").'
+        )
     inner = model.get_base_model()
     if hasattr(inner, "get_base_model"):
         raise EditError(

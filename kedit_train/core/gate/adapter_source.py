@@ -43,8 +43,9 @@ def adapter_folder(name: str) -> Path | None:
         return None  # The error is raised again when the model is loaded.
     if not has_gate(folder) and _on_hub(name, GATE_FILE, revision=folder.name) is None:
         raise EditError(
-            f"the adapter {name!r} is in the cache, but it is not known whether it has a gate, because there is no "
-            f"connection to the hub; load the adapter once with a connection, or give its folder ({folder})."
+            f"the adapter {name!r} is in the download cache, but only the hub knows whether it has a gate, and the hub "
+            "cannot be reached; load the adapter once with a connection, or, if it has no gate, pass the "
+            f"folder {folder} instead of its name."
         )
     return folder
 

@@ -279,8 +279,8 @@ def _patterns(modules: Modules) -> list[str]:
     # An empty pattern would match every parameter that is not the weight of an expert.
     if not patterns or not all(isinstance(pattern, str) and is_visible(pattern) for pattern in patterns):
         raise EditError(
-            'modules must be a pattern (for example "mlp.down_proj"), a list of at least one pattern, or None for all '
-            f"modules, got {cut(repr(modules))}."
+            'modules must be a pattern (for example "mlp.down_proj"), a list of patterns, or None for all modules, and '
+            f"neither a pattern nor the list may be empty, got {cut(repr(modules))}."
         )
     return patterns  # type: ignore[return-value]
 

@@ -81,9 +81,9 @@ class ScoreLine:
 
     @property
     def basis(self) -> Score:
-        """The score that gives the line its interval and its number of probes.
+        """The score whose confidence interval and number of probes are printed in this line of the table.
 
-        This is ``edited``. If ``edited`` has no probes, it is ``unedited``.
+        This is the score after the edit. If it has no probes, this is the score before the edit.
         """
         return self.edited if self.edited.n else self.unedited
 

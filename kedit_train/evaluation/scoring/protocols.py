@@ -71,7 +71,7 @@ class Protocols:
 
     @property
     def whole_answers(self) -> bool:
-        """True if whole answers of up to ``max_new_tokens`` tokens are generated, False if only their first tokens."""
+        """True if whole answers are generated (up to ``max_new_tokens`` tokens), False if their beginning is enough."""
         return bool(_WHOLE_ANSWER & set(self.names))
 
     @property

@@ -126,8 +126,8 @@ class TuneResult:
         Args:
             path: the ``.yaml`` file.
             model: the name of the model, as ``load_model`` reads it.
-            edits: the file of edits to train, or "world".
-            keep: the file of texts on which predictions should stay the same, or "world".
+            edits: the file of edits to train, or "world" for the edits that come with the bundled model.
+            keep: the file of texts on which predictions should stay the same, or "world" for the bundled texts.
 
         Returns:
             The path.

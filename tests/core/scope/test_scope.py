@@ -221,8 +221,8 @@ def test_modules_that_are_not_patterns_are_an_error(tiny, modules):
     with pytest.raises(EditError) as error:
         resolve_scope(tiny("llama"), None, modules)
     assert str(error.value) == (
-        'modules must be a pattern (for example "mlp.down_proj"), a list of at least one pattern, or None for all '
-        f"modules, got {modules!r}."
+        'modules must be a pattern (for example "mlp.down_proj"), a list of patterns, or None for all modules, and '
+        f"neither a pattern nor the list may be empty, got {modules!r}."
     )
 
 
