@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from kedit_train.arguments import cut
 from kedit_train.errors import EditError
 from kedit_train.paths import why_no_file
 
@@ -212,8 +213,13 @@ def _read(path: str | os.PathLike[str], file: BinaryIO, span: Span) -> Tensor:
 def _span(entry: Any, data_start: int) -> Span:
     start, end = entry["data_offsets"]
     shape, dtype = entry["shape"], DTYPES.get(entry["dtype"])
-    if not is_shape(shape) or not all(type(number) is int and number >= 0 for number in (start, end)) or end < start:
-        raise EditError(f"a tensor has an impossible shape or byte range: shape {shape}, bytes {start} to {end}")
+    if not is_shape(shape):
+        raise EditError(
+            f"no tensor can have the shape {cut(repr(shape))} (torch allows {_MAX_DIMENSIONS} dimensions and 2**63 - 1 "
+            "entries)"
+        )
+    if not all(type(number) is int and number >= 0 for number in (start, end)) or end < start:
+        raise EditError(f"the bytes of a tensor cannot go from {cut(repr(start))} to {cut(repr(end))}")
     if dtype is not None and end - start != math.prod(shape) * dtype.itemsize:
         raise EditError(f"a tensor of dtype {entry['dtype']} and shape {shape} cannot have {end - start} bytes")
     return Span(dtype, tuple(shape), data_start + start, data_start + end)

@@ -175,7 +175,7 @@ class OptimizerSteps:
                 parameter.copy_(weights[name])
 
     def finish(self) -> None:
-        """Check whether other code has changed the model. If weights in scope have changed, apply the constraints again.
+        """Check whether other code has changed the model. Apply the constraints again if it has changed the scope.
 
         Two examples of such code are a trainer that loads its best checkpoint, and the optimizer Lookahead.
         """

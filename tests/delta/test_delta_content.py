@@ -119,8 +119,9 @@ def test_shapes_that_no_tensor_can_have_are_refused_at_once(tmp_path):
         text = {"kedit_train.delta": "{}", "kedit_train.delta.sha256": "0" * 64}
         header = json.dumps({"__metadata__": text, "before/w": entry}).encode()
         path.write_bytes(len(header).to_bytes(8, "little") + header)
-        with pytest.raises(EditError, match="a tensor has an impossible shape or byte range"):
+        with pytest.raises(EditError, match=r"no tensor can have the shape .* \(torch allows 64 dimensions") as error:
             EditDelta.load(path)
+        assert len(str(error.value)) < 1000
 
 
 def test_arithmetic_on_a_tensor_that_does_not_fit_into_memory_is_refused(tmp_path):
