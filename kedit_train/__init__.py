@@ -34,6 +34,8 @@ if TYPE_CHECKING:
         SaveDelta,
         SecondOrderLocality,
         StopWhenEdited,
+        SubjectTokens,
+        SubjectValues,
         Teacher,
         Texts,
         TokenLoss,
@@ -42,10 +44,10 @@ if TYPE_CHECKING:
         editing,
     )
     from kedit_train.data import ChatFormat, EditCollator, EditDataset
-    from kedit_train.delta import EditDelta, TaskVector, merge, sparsify, sweep
+    from kedit_train.delta import EditDelta, TaskVector, merge, sweep
     from kedit_train.edit import Edit, Probe
     from kedit_train.errors import EditError
-    from kedit_train.evaluation import EvaluationOptions, Report, evaluate, exact_match, generate_answers
+    from kedit_train.evaluation import EvaluationOptions, Report, evaluate, generate_answers
     from kedit_train.evaluation.scoring.capability import CapabilityProbe
     from kedit_train.modes import TrainLoop, run_edits, survey, tune
     from kedit_train.modules import EditDataModule, EditModule
@@ -67,6 +69,8 @@ PUBLIC_SECTIONS: dict[str, dict[str, str]] = {
     "Callbacks": {
         "EditCallback": "kedit_train.callbacks",
         "ParameterScope": "kedit_train.callbacks",
+        "SubjectTokens": "kedit_train.callbacks",
+        "SubjectValues": "kedit_train.callbacks",
         "GradientMask": "kedit_train.callbacks",
         "MaskScore": "kedit_train.callbacks",
         "TokenLoss": "kedit_train.callbacks",
@@ -105,7 +109,6 @@ PUBLIC_SECTIONS: dict[str, dict[str, str]] = {
         "EvaluationOptions": "kedit_train.evaluation",
         "Report": "kedit_train.evaluation",
         "generate_answers": "kedit_train.evaluation",
-        "exact_match": "kedit_train.evaluation",
         "CapabilityProbe": "kedit_train.evaluation.scoring.capability",
     },
     "Single, batch, sequential and streaming edits": {
@@ -118,7 +121,6 @@ PUBLIC_SECTIONS: dict[str, dict[str, str]] = {
         "EditDelta": "kedit_train.delta",
         "TaskVector": "kedit_train.delta",
         "merge": "kedit_train.delta",
-        "sparsify": "kedit_train.delta",
         "sweep": "kedit_train.delta",
     },
 }
@@ -161,6 +163,8 @@ __all__ = [
     "SaveDelta",
     "SecondOrderLocality",
     "StopWhenEdited",
+    "SubjectTokens",
+    "SubjectValues",
     "TaskVector",
     "Teacher",
     "Texts",
@@ -170,12 +174,10 @@ __all__ = [
     "WeightAnchor",
     "editing",
     "evaluate",
-    "exact_match",
     "generate_answers",
     "load_model",
     "merge",
     "run_edits",
-    "sparsify",
     "survey",
     "sweep",
     "tune",

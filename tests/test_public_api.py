@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import kedit_train
-from kedit_train import PUBLIC_NAMES
+from kedit_train import PUBLIC_NAMES, callbacks
 
 OBJECTS = {name: getattr(kedit_train, name) for name in PUBLIC_NAMES if name != "world"}
 CLASSES = {name: found for name, found in OBJECTS.items() if inspect.isclass(found)}
@@ -76,3 +76,8 @@ def test_the_page_of_public_names_is_up_to_date():
 @pytest.mark.parametrize("options", ["EvaluationOptions", "Texts"])
 def test_options_are_frozen(options: str):
     assert CLASSES[options].__dataclass_params__.frozen
+
+
+def test_every_callback_is_on_the_page_of_public_names():
+    page = (DOCS / "api.md").read_text(encoding="utf-8")
+    assert [name for name in callbacks.__all__ if f"| `{name}` |" not in page] == []
