@@ -19,10 +19,10 @@ from kedit_train.core.drift.linear_layers import LinearLayer, find_linear_layers
 from kedit_train.core.drift.lora_factors import lora_pairs
 from kedit_train.core.drift.model_batches import find_text_model, holds_model_inputs, model_input_batches
 from kedit_train.core.drift.previous_inputs import PreviousInputs
+from kedit_train.core.drift.remaining_moments import remaining_moments
 from kedit_train.core.drift.second_moments import SecondMoment, broadcast_from_first, input_moments
 from kedit_train.core.drift.sharded_projections import remove_preserved, remove_preserved_from_gradient
 from kedit_train.core.drift.shards import total
-from kedit_train.core.drift.text_moments import moments_of_run
 from kedit_train.core.locality.consecutive_runs import continues_run, require_edits
 from kedit_train.core.locality.neighbor_texts import neighbor_texts
 from kedit_train.core.locality.texts import Texts, TextSource
@@ -259,7 +259,7 @@ class NullSpace(EditCallback):
             raise EditError("sequential=True needs the same scope in every run; create a new NullSpace for each scope.")
         elif self._chosen is not None:
             before = self._text_moments
-            self._text_moments, self._chosen = moments_of_run(
+            self._text_moments, self._chosen = remaining_moments(
                 before, self._chosen, self.texts, run, lambda texts: self._moments(run, layers, texts, keep_leaks=True)
             )
             if self._text_moments is not before:

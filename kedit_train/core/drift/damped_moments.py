@@ -12,7 +12,7 @@ from torch import Tensor
 from kedit_train.core.drift.factors_of_texts import factors_of_texts
 from kedit_train.core.drift.linear_layers import LinearLayer
 from kedit_train.core.drift.previous_inputs import Moments
-from kedit_train.core.drift.text_moments import moments_of_run
+from kedit_train.core.drift.remaining_moments import remaining_moments
 from kedit_train.core.locality.texts import Texts
 from kedit_train.core.run import EditRun
 from kedit_train.errors import EditError
@@ -58,7 +58,7 @@ class DampedMoments:
         if self._moments.keys() != layers.keys():
             raise EditError("sequential=True needs the same scope in every run; create a new callback for each scope.")
         before = self._moments
-        self._moments, self.chosen = moments_of_run(
+        self._moments, self.chosen = remaining_moments(
             before, self.chosen, self._texts, run, lambda texts: self._measure(run, layers, texts)
         )
         if self._moments is not before:

@@ -11,7 +11,7 @@ from kedit_train.core.locality.texts import Texts
 from kedit_train.core.run import EditRun
 
 
-def moments_of_run(
+def remaining_moments(
     moments: Moments, chosen: Sequence[str], texts: Texts, run: EditRun, measure: Callable[[Texts], Moments]
 ) -> tuple[Moments, Sequence[str]]:
     """Subtract the moments of texts that contain prompts of this run's edits (see :func:`remaining_texts`).
