@@ -22,8 +22,9 @@ class ActiveExamples:
 
     Args:
         recheck: number of times that a learned example is left out before the model runs on it again.
-        probability: an example is learned when each of its supervised tokens has at least this probability. With None,
-            an example is learned when all of its tokens are inactive (the objective no longer counts them in the loss).
+        probability: an example counts as learned when the model gives each of its supervised tokens at least this
+            probability. With None, it counts as learned when the objective no longer counts any of its tokens in the
+            loss.
 
     Attributes:
         learned: dict from the key of a learned example to a list of numbers. The first number is how many more times

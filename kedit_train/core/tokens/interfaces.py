@@ -65,8 +65,9 @@ class ExampleFilter(Protocol):
     """Decides which examples of a batch the model processes, so that learned examples can be left out.
 
     Attributes:
-        probability: an example is learned when each of its supervised tokens has at least this probability. With None,
-            an example is learned when all of its tokens are inactive (the objective no longer counts them in the loss).
+        probability: an example counts as learned when the model gives each of its supervised tokens at least this
+            probability. With None, it counts as learned when the objective no longer counts any of its tokens in the
+            loss.
     """
 
     probability: float | None
