@@ -43,7 +43,7 @@ def resealed(tmp_path: Path, change: Any) -> Path:
         ),
         (
             lambda text, tensors: text["tensors"]["b"].update(shape=[3, 5]),
-            r"'b': the values before and after the edit must have shape .* got torch.bfloat16 \[5, 3\]",
+            r"'b': the values before and after the edit must have shape .* got shape \[5, 3\] and dtype torch.bfloat16",
         ),
         (lambda text, tensors: text["tensors"]["d"].update(layout="diagonal"), "'d': layout must be .* got 'diagonal'"),
         (lambda text, tensors: text["tensors"]["d"].update(base="0"), "'d': the hash of the base tensor must be"),
