@@ -80,7 +80,7 @@ def set_by_name(callbacks: Any, overrides: Sequence[Override]) -> None:
             entry.init_args = parser.parse_args([f"--object.{argument}={value}"]).object
         except ArgumentError as error:
             # The key is the option, and "<class 'float'>" is printed as "float".
-            problem = re.sub(r'Parser key "[^"]+":', "", re.sub(r"<class '(\w+)'>", r"\1", str(error)))
+            problem = re.sub(r'Parser key "[^"]+":', "", re.sub(r"<class '(\w+)'>|typing\.", r"\1", str(error)))
             raise EditError(f"{option}: {' '.join(problem.split())}") from error
 
 
