@@ -95,7 +95,10 @@ def read_header(path: str | os.PathLike[str]) -> tuple[dict[str, Span], dict[str
             raise EditError("a metadata value is not a string")
         spans = {name: _span(entry, 8 + length) for name, entry in header.items()}
     except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = str(error)
+        if not isinstance(error, EditError):
+            kind = "" if isinstance(error, ValueError) and reason else f"{type(error).__name__}: "
+            reason = f"its header cannot be parsed ({(kind + reason).splitlines()[0]})"
         raise EditError(f"{path} is not a valid safetensors file: {reason}; get the file again.") from error
     end = 8 + length
     for name, span in sorted(spans.items(), key=lambda item: (item[1].start, item[1].end)):

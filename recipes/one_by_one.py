@@ -193,7 +193,7 @@ def check(given: argparse.Namespace) -> None:
     if kept_by(given) == SUBJECT_VALUES and given.model == world.NAME:
         raise EditError(
             "--keep subject_values needs a pretrained model, because the bundled model does not look up facts at the "
-            "subject; set --model, or another --keep."
+            "subject; set --model to a pretrained model, or set --keep to another value."
         )
     if given.subject_tokens and kept_by(given) != NULL_SPACE:
         raise EditError(

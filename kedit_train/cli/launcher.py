@@ -166,8 +166,8 @@ def count_processes(launch: Any, parsed: Namespace) -> int:
         return launch._get_num_processes(parsed.accelerator, parsed.devices)
     except (TypeError, ValueError, RuntimeError, MisconfigurationException) as error:
         raise EditError(
-            f"--devices {parsed.devices} cannot be used with --accelerator {parsed.accelerator} ({error}); change one "
-            "of the two options."
+            f"Lightning does not accept --devices {parsed.devices} with --accelerator {parsed.accelerator or 'auto'} "
+            f"(its message: {error}); change one of the two options."
         ) from error
 
 

@@ -79,7 +79,9 @@ def set_by_name(callbacks: Any, overrides: Sequence[Override]) -> None:
             parser.set_defaults({f"object.{key}": each for key, each in given.items()})
             entry.init_args = parser.parse_args([f"--object.{argument}={value}"]).object
         except ArgumentError as error:
-            raise EditError(f"{option}: {' '.join(str(error).split())}") from error
+            # The key is the option, and "<class 'float'>" is printed as "float".
+            problem = re.sub(r'Parser key "[^"]+":', "", re.sub(r"<class '(\w+)'>|typing\.", r"\1", str(error)))
+            raise EditError(f"{option}: {' '.join(problem.split())}") from error
 
 
 def tell_last_callback(words: Sequence[str], callbacks: Any) -> None:

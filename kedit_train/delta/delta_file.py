@@ -87,7 +87,11 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Change], dict[str, Any
     except EditError as error:
         raise EditError(f"{path} is not a valid delta: {error}") from error
     except (ValueError, TypeError, AttributeError, KeyError, OverflowError, RecursionError) as error:
-        raise EditError(f"{path} is not a valid delta: {type(error).__name__}: {error}".splitlines()[0]) from error
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise EditError(
+            f"{path} is not a valid delta: its metadata is malformed or does not match its tensors ({reason}); save "
+            "the delta again"
+        ) from error
     if tensors:
         raise EditError(
             f"{path} is not a valid delta: the metadata does not mention tensor {next(iter(tensors))!r}; save the "
@@ -105,8 +109,8 @@ def _change(name: str, entry: Mapping[str, Any], tensors: dict[str, Tensor]) -> 
         )
     if not is_shape(shape):
         raise EditError(
-            f"tensor {name!r}: the shape must be a list of integers, and torch must support a tensor of this shape; "
-            "save the delta again"
+            f"tensor {name!r}: the shape must be a list of integers that torch supports as a shape, got "
+            f"{shape!r:.100}; save the delta again"
         )
     if not isinstance(tied, list) or not all(isinstance(other, str) for other in tied):
         raise EditError(
@@ -151,8 +155,8 @@ def _check_meta(meta: Mapping[str, Any]) -> None:
         )
     if not is_valid(meta.get("edits", {})):
         raise EditError(
-            'in the metadata field "edits" and in each item of its list "parents", the hash must be a string or None '
-            f"and the count must be an integer >= 0, got {meta.get('edits', {})!r:.100}; save the delta again"
+            'in the metadata field "edits" and its "parents", each hash must be a string or None, and each count an '
+            f"integer >= 0, got {meta.get('edits', {})!r:.100}; save the delta again"
         )
     if not all(type(value) in (int, float) and math.isfinite(value) for value in scores.values()):
         raise EditError(

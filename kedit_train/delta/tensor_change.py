@@ -177,7 +177,8 @@ class Change:
             if tuple(values.shape) != expected or values.dtype != self.before.dtype:
                 raise EditError(
                     f"the values before and after the edit must have shape {list(expected)} and dtype "
-                    f"{self.before.dtype}, got {values.dtype} {list(values.shape)}; save the delta again"
+                    f"{self.before.dtype}, got shape {list(values.shape)} and dtype {values.dtype}; save the delta "
+                    "again"
                 )
 
     def _zeros(self, dtype: torch.dtype) -> Tensor:

@@ -226,7 +226,9 @@ def shards_of(folder: Path) -> dict[Path, dict[str, Span]]:
         raise EditError(f"folder {str(folder)!r} does not exist; give the folder of a checkpoint.")
     if not (folder / INDEX).is_file():
         if not (folder / SINGLE).is_file():
-            raise EditError(f"{folder} contains neither {SINGLE} nor {INDEX}; save the model with save_pretrained.")
+            raise EditError(
+                f"folder {str(folder)!r} contains neither {SINGLE} nor {INDEX}; save the model with save_pretrained."
+            )
         return {folder / SINGLE: read_header(folder / SINGLE)[0]}
     try:
         index = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
@@ -247,7 +249,8 @@ def shards_of(folder: Path) -> dict[Path, dict[str, Span]]:
     if stored != index:
         wrong = sorted(stored.items() ^ index.items())[0][0]
         raise EditError(
-            f"{folder / INDEX} does not match its shards (weight files) at tensor {wrong!r}; download or save the "
+            f"{folder / INDEX} does not match its shards (weight files): by the index, the tensor {wrong!r} is in "
+            f"{index.get(wrong, 'no file')}, but it is in {stored.get(wrong, 'no file')}; download or save the "
             "checkpoint again."
         )
     return shards

@@ -149,13 +149,19 @@ def full_mask(model: Any) -> dict[str, Tensor]:
 WRONG: dict[str, tuple[Callable[[dict[str, Tensor]], dict[str, Tensor]], str]] = {
     "shape": (
         lambda m: m | {DOWN: m[DOWN].T.contiguous()},
-        "{path}: the mask of " + DOWN + " must have the parameter's shape [16, 32], got [32, 16]",
+        "{path}: the mask of " + repr(DOWN) + " must have the parameter's shape [16, 32], got [32, 16]",
     ),
-    "missing": (lambda m: {n: v for n, v in m.items() if n != DOWN}, "{path}: " + DOWN + " has no mask in the file"),
-    "unknown": (lambda m: m | {"lm_head.weight": m[DOWN].clone()}, "{path}: lm_head.weight is not in the scope"),
+    "missing": (
+        lambda m: {n: v for n, v in m.items() if n != DOWN},
+        "{path} contains no mask of the parameter " + repr(DOWN),
+    ),
+    "unknown": (
+        lambda m: m | {"lm_head.weight": m[DOWN].clone()},
+        "{path} contains a mask of 'lm_head.weight', which is not in the",
+    ),
     "numbers": (
         lambda m: m | {DOWN: m[DOWN].float()},
-        "{path}: " + DOWN + " must contain bools (True: the entry may change), got torch.float32;",
+        "{path}: the mask of " + repr(DOWN) + " must contain bools (True: the entry may change), got torch.float32;",
     ),
     "nothing": (lambda m: {n: ~v for n, v in m.items()}, "the mask freezes all 1536 entries of the scope"),
 }

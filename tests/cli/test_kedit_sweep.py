@@ -119,7 +119,7 @@ EDITS = ("edit.safetensors", "world", "edits.jsonl")
         ([*EDITS, "--keep-locality", "1.5"], "must be in [0, 1], got 1.5"),
         ([*EDITS, "--plot", "sweep.jpg"], "must end with .png"),
         ([*EDITS, "--out", "new.bin"], "must end with .safetensors"),
-        ([*EDITS, "--out", "edit.safetensors", "--force"], "would replace the delta of this sweep"),
+        ([*EDITS, "--out", "edit.safetensors", "--force"], "would replace the delta that this sweep reads"),
         ([*EDITS, "--device", "nowhere"], "--device nowhere"),
     ],
 )  # fmt: skip

@@ -83,7 +83,7 @@ def test_the_recipe_validates_and_reaches_the_scores_of_its_trial(
     ("words", "message"),
     [
         (["--out", "a.json"], "must end with .yaml"),
-        (["--out", "w_recipe.yaml", "--wandb", "w.yaml"], "one of these files would replace the recipe"),
+        (["--out", "w_recipe.yaml", "--wandb", "w.yaml"], "and --out also writes w_recipe.yaml"),
         (["--step-sizes", "2"], "TuneGrid: step_sizes must be a list"),
         (["--protocol", "best"], "EvaluationOptions: protocol must be"),
         (["--keep", "none.txt"], "file 'none.txt' does not exist"),

@@ -103,7 +103,7 @@ def test_a_path_without_documents_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(EditError, match=r"missing: the path does not exist \(working directory"):
         EditDataset.load(tmp_path / "missing")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(EditError, match=r"must contain documents \(.txt, .md, .jsonl, .csv\), got 0 other files"):
+    with pytest.raises(EditError, match=r"must contain documents \(.txt, .md, .jsonl, .csv\), got no files"):
         EditDataset.load(tmp_path / "empty")
     with pytest.raises(EditError, match=r"no\.txt: the file does not exist"):
         EditDataset.load(tmp_path / "no.txt")

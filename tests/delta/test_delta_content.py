@@ -43,7 +43,7 @@ def resealed(tmp_path: Path, change: Any) -> Path:
         ),
         (
             lambda text, tensors: text["tensors"]["b"].update(shape=[3, 5]),
-            r"'b': the values before and after the edit must have shape .* got torch.bfloat16 \[5, 3\]",
+            r"'b': the values before and after the edit must have shape .* got shape \[5, 3\] and dtype torch.bfloat16",
         ),
         (lambda text, tensors: text["tensors"]["d"].update(layout="diagonal"), "'d': layout must be .* got 'diagonal'"),
         (lambda text, tensors: text["tensors"]["d"].update(base="0"), "'d': the hash of the base tensor must be"),
@@ -68,12 +68,12 @@ def resealed(tmp_path: Path, change: Any) -> Path:
         ),
         (lambda text, tensors: text["tensors"]["c"].update(shape=[1] * 65), "'c': the shape must be a list of"),
         (lambda text, tensors: without_entries(tensors, "d"), "'d': the change must contain at least one value"),
-        (lambda text, tensors: text.update(edits=[1]), "not a valid delta: AttributeError"),
-        (lambda text, tensors: text.update(edits={"count": "many"}), '"edits" .* the hash must be a string'),
-        (lambda text, tensors: text.update(edits={"count": 1, "parents": 5}), '"edits" .* the hash must be a string'),
+        (lambda text, tensors: text.update(edits=[1]), "not a valid delta: .*AttributeError"),
+        (lambda text, tensors: text.update(edits={"count": "many"}), '"edits" .* each hash must be a string'),
+        (lambda text, tensors: text.update(edits={"count": 1, "parents": 5}), '"edits" .* each hash must be a string'),
         (
             lambda text, tensors: text.update(edits={"count": 1, "parents": [{"hash": 1}]}),
-            '"edits" .* the hash must be a string',
+            '"edits" .* each hash must be a string',
         ),
         (
             lambda text, tensors: text["base"].update(license={"a": 1}),
@@ -81,9 +81,9 @@ def resealed(tmp_path: Path, change: Any) -> Path:
         ),
         (lambda text, tensors: text.update(scores={"a": "b"}), "every score must be a finite number"),
         (lambda text, tensors: text.update(scores={"a": float("nan")}), "every score must be a finite number"),
-        (lambda text, tensors: text.update(scores=[1]), "not a valid delta: AttributeError"),
+        (lambda text, tensors: text.update(scores=[1]), "not a valid delta: .*AttributeError"),
         (lambda text, tensors: text.update(versions={"torch": 2}), '"versions" must contain only strings'),
-        (lambda text, tensors: text.update(configuration=[float("inf")]), "not a valid delta: ValueError"),
+        (lambda text, tensors: text.update(configuration=[float("inf")]), "not a valid delta: .*ValueError"),
     ],
 )
 def test_a_file_with_a_right_checksum_and_wrong_content_is_refused(change, message, tmp_path):

@@ -113,9 +113,9 @@ class TransformersHost(Host):
         # The trainer would silently begin with a new optimizer.
         if missing and not self.args.save_only_model:
             raise EditError(
-                f"{folder} is incomplete: {missing[0]}.* is missing, because the process that wrote this checkpoint "
-                "was killed or had save_only_model=True; resume from another checkpoint, or, to continue with a new "
-                "optimizer, set save_only_model=True in the training arguments."
+                f"{folder} is incomplete: {missing[0]}.* is missing, because saving was interrupted or save_only_model "
+                "was True; resume from another checkpoint, or set save_only_model=True in the training arguments to "
+                "continue with a new optimizer."
             )
         lost = [f"{part} state ({part}.*)" for part in missing]
         random_state = f"rng_state_{self.args.process_index}.pth" if self.args.world_size > 1 else "rng_state.pth"

@@ -133,7 +133,7 @@ def naming_models(path: str, meta: Mapping[str, Any], model: str) -> Iterator[No
         yield
     except EditError as error:
         base = meta["base"].get("name")
-        made_for = f" (made for {base})" if base else ""
+        made_for = f" (made for the model {base!r})" if base else ""
         raise EditError(f"{path}{made_for} cannot be applied to the model {model!r}: {error}") from error
 
 

@@ -84,7 +84,7 @@ def run(args: Namespace) -> int:
     picture = new_path(args.plot, force=args.force, ending=".png") if args.plot else None
     out = new_path(args.out, force=args.force, ending=".safetensors") if args.out else None
     if out is not None and Path(args.delta).exists() and out.exists() and out.samefile(args.delta):
-        raise EditError(f"--out {out} would replace the delta of this sweep; choose another file name.")
+        raise EditError(f"--out {out} would replace the delta that this sweep reads; choose another file name.")
     if not set(args.coefficients) - {0.0}:
         raise EditError("--coefficients must contain a number other than 0, because 0 gives the base model.")
     if picture is not None:

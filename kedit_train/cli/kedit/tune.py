@@ -106,10 +106,11 @@ def run(args: Namespace) -> int:
     out = new_path(args.out, force=args.force, ending=".yaml")
     sweep = new_path(args.wandb, force=args.force, ending=".yaml") if args.wandb else None
     page = new_path(args.html, force=args.force, ending=".html") if args.html else None
-    if sweep is not None and out.resolve() in (sweep.resolve(), sweep.with_name(f"{sweep.stem}_recipe.yaml").resolve()):
+    recipe = sweep.with_name(f"{sweep.stem}_recipe.yaml") if sweep is not None else None
+    if sweep is not None and recipe is not None and out.resolve() in (sweep.resolve(), recipe.resolve()):
         raise EditError(
-            f"--wandb {sweep} writes a sweep and a recipe, and one of these files would replace the recipe {out}, "
-            "which --out writes; choose another file name for --wandb or --out."
+            f"--wandb writes the files {sweep} and {recipe}, and --out also writes {out}; choose another file name for "
+            "--wandb or --out."
         )
     from kedit_train.cli.kedit.checkpoints import load_for
     from kedit_train.core.gate.adapter_source import adapted_base

@@ -105,7 +105,9 @@ def _read_file(path: Path) -> list[Any]:
     # splitlines() would also split at separators inside a text, such as U+2028.
     lines = content.split("\n")
     if suffix == ".jsonl":
-        return [_parse_json(line, f"{path}, line {n}") for n, line in enumerate(lines, 1) if line.strip()]
+        return [
+            _parse_json(line, f"{path}, line {n}", one_line=True) for n, line in enumerate(lines, 1) if line.strip()
+        ]
     return lines
 
 
@@ -125,9 +127,10 @@ def _csv_texts(path: Path) -> list[str]:
     return [record.get("text", "") for record in records]
 
 
-def _parse_json(content: str, where: str) -> Any:
+def _parse_json(content: str, where: str, *, one_line: bool = False) -> Any:
     try:
         return parse_json(content)
     except InvalidJSON as error:
-        place = "" if error.line is None else f" at line {error.line}, column {error.column}"
+        line = "" if one_line else f"line {error.line}, "
+        place = "" if error.line is None else f" at {line}column {error.column}"
         raise EditError(f"{where} must be valid JSON: {error.reason}{place}; correct the file.") from error

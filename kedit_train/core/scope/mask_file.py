@@ -62,19 +62,21 @@ def load_masks(
         if mask.dtype != torch.bool or bool((mask.view(torch.uint8) > 1).any()):
             values = "bytes other than 0 and 1" if mask.dtype == torch.bool else str(mask.dtype)
             raise EditError(
-                f"{path}: {name} must contain bools (True: the entry may change), got {values}; save it as torch.bool."
+                f"{path}: the mask of {name!r} must contain bools (True: the entry may change), got {values}; save it "
+                "as torch.bool."
             )
     if shapes is None:
         return masks
     unknown, missing = sorted(masks.keys() - shapes.keys()), sorted(shapes.keys() - masks.keys())
     if unknown or missing:
-        name, problem = (unknown[0], "is not in the scope") if unknown else (missing[0], "has no mask in the file")
+        problem = "a mask of {!r}, which is not in the ParameterScope" if unknown else "no mask of the parameter {!r}"
+        problem = problem.format((unknown or missing)[0])
         more = f" (further mismatches: {len(unknown + missing) - 1})" if len(unknown + missing) > 1 else ""
-        raise EditError(f"{path}: {name} {problem}{more}; use the ParameterScope that the masks were made with.")
+        raise EditError(f"{path} contains {problem}{more}; use the ParameterScope that the masks were made with.")
     for name, mask in masks.items():
         if mask.shape != shapes[name]:
             raise EditError(
-                f"{path}: the mask of {name} must have the parameter's shape {list(shapes[name])}, got "
+                f"{path}: the mask of {name!r} must have the parameter's shape {list(shapes[name])}, got "
                 f"{list(mask.shape)}; use a mask that was made for this model."
             )
     recorded = metadata.get("model") if isinstance(metadata, dict) else None

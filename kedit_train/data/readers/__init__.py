@@ -67,9 +67,10 @@ def recognize(records: Sequence[Any], name: str) -> str:
             f"{name}: the fields {keys} fit more than one format ({', '.join(best)}); pass the format of the records, "
             f'for example format="{best[0]}", or use one file per format'
         )
+    hint = " (the first row of a CSV file must contain the names of the fields)" if name.endswith(".csv") else ""
     raise EditError(
-        f"{name}: the fields {keys} match none of the formats {', '.join(FORMATS)}; rename the fields to prompt and "
-        "target, or pass format=..."
+        f"{name}: the fields {keys} match none of the formats {', '.join(FORMATS)}{hint}; rename the fields to prompt "
+        "and target, or pass format=..."
     )
 
 

@@ -46,7 +46,7 @@ def read_ripple_edits(record: Fields) -> list[Edit]:
     shared = sum(1 for _ in same) if previous else len(sentence)
     ends = [match.end() for match in _BEFORE_TARGET.finditer(sentence) if match.end() <= shared]
     if not ends or not sentence[ends[-1] :].strip():
-        raise fact.error("prompt", 'a sentence with the target after "is", "are" or "follows"', shorten(sentence))
+        raise fact.error("prompt", 'a sentence with the target after "is", "are" or "follows"', repr(shorten(sentence)))
     return [
         Edit(
             prompt=sentence[: ends[-1]].rstrip(),

@@ -95,7 +95,8 @@ def _read_folder(folder: Path) -> tuple[list[Any], list[str]]:
     listed = ", ".join(FOLDER_SUFFIXES)
     if not chosen:
         raise EditError(
-            f"{folder}: the folder must contain documents ({listed}), got {len(files)} other files; check the path"
+            f"{folder}: the folder must contain documents ({listed}), got "
+            f"{f'only other files ({len(files)})' if files else 'no files'}; check the path"
         )
     if others := len(files) - len(chosen):
         warnings.warn(

@@ -27,11 +27,11 @@ def quoted(names: Iterable[object]) -> str:
 
 
 def describe(value: object) -> str:
-    """Describe the type of a JSON value in words: "null", "text", "empty text", "a number", and so on."""
+    """Describe the type of a JSON value in words: "null", "text", "blank text", "a number", and so on."""
     if value is None:
         return "null"
     if isinstance(value, str):
-        invisible = "empty text" if not value.strip() else "only invisible characters"
+        invisible = "blank text" if not value.strip() else "only invisible characters"
         return "text" if is_visible(value) else invisible
     if isinstance(value, bool):
         return "a boolean"
@@ -111,7 +111,8 @@ class Fields:
         if not self.has(*keys):
             return ""
         if isinstance(value, bool) or not isinstance(value, (int, str)):
-            raise self.error(key, "text or a whole number", describe(value))
+            got = "a decimal number" if isinstance(value, float) else describe(value)
+            raise self.error(key, "text or a whole number", got)
         return str(value)
 
     def texts(self, *keys: str) -> tuple[str, ...]:

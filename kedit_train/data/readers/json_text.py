@@ -39,7 +39,9 @@ def parse_json(text: str) -> Any:
     except InvalidJSON:
         raise
     except json.JSONDecodeError as error:
-        raise InvalidJSON(error.msg, error.lineno, error.colno) from error
+        # Some messages of Python end with "at" or "starting at", to be followed by the position.
+        reason = error.msg.removesuffix(" at").removesuffix(" starting")
+        raise InvalidJSON(reason, error.lineno, error.colno) from error
     except RecursionError as error:
         raise InvalidJSON("it is nested too deeply") from error
     except ValueError as error:

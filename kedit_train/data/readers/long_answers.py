@@ -30,7 +30,8 @@ def read_unkebench(record: Fields) -> list[Edit]:
     """
     questions, answers = record.texts("sub_question"), record.texts("sub_answer")
     if len(questions) != len(answers):
-        raise record.error("sub_answer", f"{len(questions)} answers, one for each sub_question", str(len(answers)))
+        expected = f"a list as long as the list sub_question (length {len(questions)})"
+        raise record.error("sub_answer", expected, f"a list of length {len(answers)}")
     parts = tuple(Probe(q, (a.strip(),)) for q, a in zip(questions, answers, strict=True))
     return [
         Edit(

@@ -55,9 +55,12 @@ def check_names(record: Fields, known: frozenset[str]) -> None:
         listed = quoted(record.path + key for key in others)
         similar = get_close_matches(others[0], known, n=1)
         hint = f", did you mean {similar[0]!r}?" if similar else ""
+        if not others[0].strip():
+            hint = ", where '' is a field or a CSV column without a name"
+        plural = "s" if len(others) > 1 else ""
         raise EditError(
-            f"{record.where}: unknown field {listed}{hint} (known fields: {', '.join(sorted(known))}); rename or "
-            'remove the field, or pass on_error="skip" to leave out records with errors'
+            f"{record.where}: unknown field{plural} {listed}{hint} (known fields: {', '.join(sorted(known))}); rename "
+            f'or remove the field{plural}, or pass on_error="skip" to leave out records with errors'
         )
 
 
