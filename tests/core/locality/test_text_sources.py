@@ -93,7 +93,8 @@ def test_the_embedded_world():
         ),
         (
             ["a", 3],
-            'texts, record 2: expected a string or a record with "text" or "messages", got 3; correct this record.',
+            'texts, record 2: expected a string, or a record with a string "text" or a list "messages", got 3; '
+            "correct this record.",
         ),
         (
             [{"prompt": "a"}],
