@@ -96,8 +96,6 @@ def read_header(path: str | os.PathLike[str]) -> tuple[dict[str, Span], dict[str
         spans = {name: _span(entry, 8 + length) for name, entry in header.items()}
     except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        if isinstance(error, TypeError | AttributeError | KeyError):
-            reason = f"an entry of its header has a wrong structure ({reason})"
         raise EditError(f"{path} is not a valid safetensors file: {reason}; get the file again.") from error
     end = 8 + length
     for name, span in sorted(spans.items(), key=lambda item: (item[1].start, item[1].end)):

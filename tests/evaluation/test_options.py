@@ -21,7 +21,7 @@ def test_all_means_every_extra_metric():
     [
         (
             {"metrics": ["fluncy"]},
-            'metrics must be "all", or a list such as ["kl"] with names from "prefixes", "format"',
+            r'metrics must be "all", or a list such as \["kl"\] with names from "prefixes", "format"',
         ),
         ({"metrics": "kl"}, 'metrics must be "all", or a list such as'),
         (

@@ -100,12 +100,12 @@ def _read_file(path: Path) -> list[Any]:
     if suffix == ".csv":
         return _csv_texts(path) if content.strip() else []
     if suffix == ".json":
-        records = _parse_json(content, path)
+        records = _parse_json(content, str(path))
         return records if isinstance(records, list) else [records]
     # splitlines() would also split at separators inside a text, such as U+2028.
     lines = content.split("\n")
     if suffix == ".jsonl":
-        return [_parse_json(line, path, n) for n, line in enumerate(lines, 1) if line.strip()]
+        return [_parse_json(line, f"{path}, line {n}") for n, line in enumerate(lines, 1) if line.strip()]
     return lines
 
 
@@ -125,10 +125,9 @@ def _csv_texts(path: Path) -> list[str]:
     return [record.get("text", "") for record in records]
 
 
-def _parse_json(content: str, path: Path, line: int | None = None) -> Any:
+def _parse_json(content: str, where: str) -> Any:
     try:
         return parse_json(content)
     except InvalidJSON as error:
-        where, row = (f"{path}, line {line}", "") if line else (str(path), f"line {error.line}, ")
-        place = "" if error.line is None else f" at {row}column {error.column}"
+        place = "" if error.line is None else f" at line {error.line}, column {error.column}"
         raise EditError(f"{where} must be valid JSON: {error.reason}{place}; correct the file.") from error

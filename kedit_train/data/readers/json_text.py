@@ -39,8 +39,7 @@ def parse_json(text: str) -> Any:
     except InvalidJSON:
         raise
     except json.JSONDecodeError as error:
-        # Some reasons of Python already end with "at".
-        raise InvalidJSON(error.msg.removesuffix(" at"), error.lineno, error.colno) from error
+        raise InvalidJSON(error.msg, error.lineno, error.colno) from error
     except RecursionError as error:
         raise InvalidJSON("it is nested too deeply") from error
     except ValueError as error:
