@@ -281,7 +281,7 @@ class EditSFTTrainer(SFTTrainer):
             if not own:
                 raise EditError(
                     "at least one callback of kedit_train must be set, got none (the run would be plain "
-                    f"fine-tuning); set at least one of {', '.join(CALLBACKS)} in args."
+                    f"fine-tuning); in args, set at least one of {', '.join(CALLBACKS)}."
                 )
         for callback in own:
             if edits is not None and getattr(callback, "edits", edits) is None:

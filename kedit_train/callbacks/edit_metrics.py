@@ -11,7 +11,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from kedit_train.arguments import above, check_arguments, integer_from, optional, within
+from kedit_train.arguments import Rule, above, check_arguments, integer_from, optional, within
 from kedit_train.atomic_write import check_writable
 from kedit_train.callbacks.base import EditCallback
 from kedit_train.core.answer_end import describe_end
@@ -140,7 +140,7 @@ class EditMetrics(EditCallback):
             max_fraction_of_time=(max_fraction_of_time, optional(within("(0, 1)"))),
         )
         if stop_at is not None:
-            check_arguments(self, every_n_steps=(every_n_steps, above(0)))
+            check_arguments(self, every_n_steps=(every_n_steps, Rule("> 0 if stop_at is set", above(0).holds)))
         self.edits = edits
         self.every_n_steps = every_n_steps
         self.stop_at = stop_at

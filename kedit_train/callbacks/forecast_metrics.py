@@ -203,13 +203,16 @@ class ForecastMetrics(EditCallback):
         if isinstance(self.new, str | os.PathLike):
             items = read_model_inputs(self.new, "new")
             if _TARGETS not in items[0]:
-                given = ", ".join(items[0])
+                given = ", ".join(f'"{name}"' for name in items[0])
                 raise EditError(
-                    f'{self.new} must contain a tensor named "{_TARGETS}", got only {given}; add this tensor.'
+                    f'{self.new} must contain a tensor named "{_TARGETS}", got only {given}; add the targets.'
                 )
             return items, [item.pop(_TARGETS) for item in items]
         if not isinstance(self.new, tuple | list) or len(self.new) != 2:
-            raise EditError(f"new must be a pair (inputs, targets), got {type(self.new).__name__}; pass two lists.")
+            got = f"{len(self.new)} items" if isinstance(self.new, tuple | list) else type(self.new).__name__
+            raise EditError(
+                f"new must be a pair of two lists (inputs, targets), got {got}; pass new=([inputs], [targets])."
+            )
         items, targets = read_model_inputs(self.new[0], "new"), self.new[1]
         if not isinstance(targets, list | tuple) or not all(isinstance(target, Tensor) for target in targets):
             raise EditError(

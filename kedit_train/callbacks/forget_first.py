@@ -126,7 +126,7 @@ class ForgetFirst(EditCallback):
         coefficients = list(COEFFICIENTS) if coefficients is None else coefficients
         check_arguments(
             self,
-            coefficients=(coefficients, Rule("a list of numbers > 0", _all_above_zero)),
+            coefficients=(coefficients, Rule("a list of at least one finite number > 0", _all_above_zero)),
             scale=(scale, one_of(get_args(Scale))),
             max_probability=(max_probability, within("(0, 1)")),
             max_perplexity_ratio=(max_perplexity_ratio, at_least(1)),

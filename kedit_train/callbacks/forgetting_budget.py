@@ -160,8 +160,8 @@ class ForgettingBudget(EditCallback):
         if penalty.weight == 0.0:
             owner = _OWNERS[penalty.measured_on]
             raise EditError(
-                f"weight of {owner} must be > 0, got 0, because ForgettingBudget multiplies this weight by a factor "
-                f"in each step, so a weight of 0 would stay 0; remove weight=0 from {owner}."
+                f"the weight of {owner} must be > 0, got 0, because ForgettingBudget only multiplies this weight, so 0 "
+                f"would stay 0; remove weight=0 from {owner}."
             )
         return penalty
 

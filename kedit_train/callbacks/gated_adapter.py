@@ -191,9 +191,9 @@ class GatedAdapter(EditCallback):
         radii = self.margin * nearest
         if same := int((nearest == 0).sum()):
             raise EditError(
-                f"{same} of {len(radii)} keys (hidden states of edited prompts) equal a hidden state of a text on "
-                "which the adapter must not act, so no radius separates them. At block 0, hidden states are only "
-                "embeddings; leave block 0 out of layers_to_transform in LoraConfig, and do not set layer=0."
+                f"{same} of {len(radii)} edited prompts have the same hidden state as a text on which the adapter must "
+                "not act, so the gate cannot tell them apart. At block 0, hidden states are only embeddings; leave "
+                "block 0 out of layers_to_transform in LoraConfig, and do not set layer=0."
             )
         small = int((radii < _SMALL * keys.norm(dim=1)).sum())
         if small:

@@ -104,9 +104,8 @@ class Integrity:
             if name in before and before[name][0] == parameter.dtype and before[name][1] != value:
                 raise EditError(
                     f"{name} is not in scope, but its values have changed between the start of the edit and the first "
-                    "step; load or change weights before the edit starts. If you resume from a checkpoint, you may "
-                    "load the weights of the checkpoint after the edit has started, but only together with the state "
-                    "of the edit (edit.load_state_dict())."
+                    "step; load or change weights before the edit starts. To resume from a checkpoint in a plain "
+                    "loop, also call edit.load_state_dict()."
                 )
 
     def _check_still_frozen(self, in_scope: set[int]) -> None:
@@ -314,8 +313,7 @@ class Integrity:
             name = self._frozen[changed][0]
             raise EditError(
                 f"{name} is not in scope, but its values have changed before step {self.run.step + 1} "
-                f"({self._cause()}); remove the code that changes the values, or add the parameter to the scope with "
-                "ParameterScope."
+                f"({self._cause()}); remove this cause, or add the parameter to the scope with ParameterScope."
             )
 
     def _in_turn(self) -> list[int]:
@@ -340,8 +338,8 @@ class Integrity:
         if any(uses_deepspeed(p) for p in parameters):
             return "DeepSpeed updates flattened copies of the weights"
         return (
-            "possible causes: an optimizer that updates weights in the backward pass, an optimizer that does not call "
-            "torch's hooks, a hand-written update, or other code that writes to the weights"
+            "possible causes: an optimizer that updates weights in the backward pass or does not call torch's hooks, "
+            "or other code that writes to the weights"
         )
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from kedit_train import world
-from kedit_train.arguments import check_arguments, integer_from, one_of, optional
+from kedit_train.arguments import Rule, check_arguments, integer_from, one_of, optional
 from kedit_train.atomic_write import writing
 from kedit_train.data.answer_end import APPEND_EOS, AppendEos, decide_append_eos
 from kedit_train.data.contradictions import check_contradictions, numbered, without_overwritten
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 OnError = Literal["raise", "skip"]
 LIMIT = optional(integer_from(1))
+_WORLD_FORMAT = Rule('"edits", or None, for the edits of "world"', optional(one_of(("edits",))).holds)
 
 
 class EditDataset(TrainerDatasets):
@@ -105,7 +106,7 @@ class EditDataset(TrainerDatasets):
             'edits'
         """
         if world.is_world(path):
-            check_arguments("EditDataset", format=(format, optional(one_of(("edits",)))), limit=(limit, LIMIT))
+            check_arguments("EditDataset", format=(format, _WORLD_FORMAT), limit=(limit, LIMIT))
             edits = world.edits()
             if limit is not None and limit > len(edits):
                 raise EditError(

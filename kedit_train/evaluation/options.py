@@ -14,7 +14,7 @@ ExtraMetric = Literal["prefixes", "format", "kl", "resurgence", "fluency", "retr
 EXTRA_METRICS: tuple[ExtraMetric, ...] = get_args(ExtraMetric)
 
 _METRICS = Rule(
-    '"all" or a list of ' + ", ".join(f'"{name}"' for name in EXTRA_METRICS),
+    '"all", or a list such as ["kl"] with names from ' + ", ".join(f'"{name}"' for name in EXTRA_METRICS),
     lambda value: value == "all" or (not isinstance(value, str) and set(value) <= set(EXTRA_METRICS)),
 )
 

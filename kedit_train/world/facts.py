@@ -198,6 +198,6 @@ class _Inventor:
                 self.taken.append(name)
                 made.append(name)
         raise EditError(
-            f"{count} different names are needed, but only {len(made)} were found; use fewer people, companies or "
-            "cities"
+            f"only {len(made)} of {count} different names could be invented; pass a smaller number of people, "
+            "companies or cities"
         )

@@ -264,7 +264,7 @@ def test_tables_mark_changed_answers(edits: EditDataset) -> None:
     ("options", "message"),
     [
         ({"max_fraction_of_time": 1.5}, r"EditMetrics: max_fraction_of_time must be in \(0, 1\), or None, got 1.5"),
-        ({"stop_at": 1.0, "every_n_steps": 0}, "EditMetrics: every_n_steps must be > 0, got 0"),
+        ({"stop_at": 1.0, "every_n_steps": 0}, "EditMetrics: every_n_steps must be > 0 if stop_at is set, got 0"),
         ({"limit": 0}, "EditMetrics: limit must be an integer >= 1, or None, got 0"),
     ],
 )

@@ -138,7 +138,7 @@ def test_a_file_holds_inputs_and_targets(tmp_path: Path):
         train(made(), [metrics], 2)
         results.append((metrics.unedited_error, metrics.last_error, metrics.last_change))
     assert results[0] == results[1]
-    with pytest.raises(EditError, match=r'kept\.safetensors must contain a tensor named "targets", got only windows'):
+    with pytest.raises(EditError, match=r'kept\.safetensors must contain a tensor named "targets", got only "windows"'):
         train(made(), [ForecastMetrics(str(tmp_path / "kept.safetensors"), kept=KEPT)], 1)
 
 
@@ -196,7 +196,7 @@ def test_the_example_runs(callback: type):
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "no pair": ({"new": INPUTS[0]}, r"new must be a pair \(inputs, targets\), got Tensor"),
+    "no pair": ({"new": INPUTS[0]}, r"new must be a pair of two lists \(inputs, targets\), got Tensor"),
     "numbers differ": ({"new": (INPUTS, TARGETS[:1])}, "one target per forward pass, got 2 inputs and 1 targets"),
     "one target": (
         {"new": (INPUTS, TARGETS[0])},

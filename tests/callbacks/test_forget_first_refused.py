@@ -19,8 +19,8 @@ def loaded() -> Any:
 @pytest.mark.parametrize(
     ("argument", "expected"),
     [
-        ({"coefficients": [0.0]}, "a list of numbers > 0"),
-        ({"coefficients": []}, "a list of numbers > 0"),
+        ({"coefficients": [0.0]}, "a list of at least one finite number > 0"),
+        ({"coefficients": []}, "a list of at least one finite number > 0"),
         ({"scale": "both"}, '"base" or "trained"'),
         ({"max_probability": 1.0}, "in (0, 1)"),
         ({"max_perplexity_ratio": 0.9}, ">= 1"),

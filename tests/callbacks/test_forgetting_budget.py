@@ -255,7 +255,7 @@ def test_a_weight_below_the_smallest_weight_changes_by_the_same_factor(make, wor
             [ForgettingBudget(0.1), ForgettingBudget(0.2), BatchAnchor()],
             "another ForgettingBudget already adapts the penalty with measured_on='batch'",
         ),
-        ([ForgettingBudget(), BatchAnchor(0.0)], "weight of BatchAnchor must be > 0, got 0"),
+        ([ForgettingBudget(), BatchAnchor(0.0)], "the weight of BatchAnchor must be > 0, got 0"),
     ],
 )
 def test_wrong_combinations_are_errors_before_the_first_step(make, words, ids, callbacks, message):

@@ -97,7 +97,9 @@ def test_other_folders_and_links_are_refused(tmp_path):
             save(tmp_path / name)
         assert "\n" not in str(error.value)
     for name in ("notes/notes.txt/new", "notes/notes.txt/deeper/new"):
-        with pytest.raises(EditError, match=rf"^GatedAdapter: a parent of path='.*{name}' is a file; choose another"):
+        with pytest.raises(
+            EditError, match=rf"^GatedAdapter: path='.*{name}' cannot be created, because one of its parent folders is"
+        ):
             save(tmp_path / name)
     assert not any((tmp_path / "target").iterdir())
     assert (tmp_path / "notes" / "notes.txt").read_text() == "mine"

@@ -19,8 +19,11 @@ def test_all_means_every_extra_metric():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"metrics": ["fluncy"]}, 'metrics must be "all" or a list of "prefixes", "format"'),
-        ({"metrics": "kl"}, 'metrics must be "all" or a list of'),
+        (
+            {"metrics": ["fluncy"]},
+            r'metrics must be "all", or a list such as \["kl"\] with names from "prefixes", "format"',
+        ),
+        ({"metrics": "kl"}, 'metrics must be "all", or a list such as'),
         (
             {"prompt_format": "quiz"},
             'prompt_format must be "plain", "chat", "question" or a ChatFormat, or None, got \'quiz\'',

@@ -84,5 +84,5 @@ def test_parts_of_the_prose_do_not_overlap_and_contain_no_name(known):
 
 
 def test_a_world_that_is_too_large_for_its_names_is_an_error():
-    with pytest.raises(EditError, match=r"3 different names are needed, but only \d+ were found"):
+    with pytest.raises(EditError, match=r"only \d+ of 3 different names could be invented"):
         facts._Inventor(facts.Random(0)).names(3, lambda: "Same")

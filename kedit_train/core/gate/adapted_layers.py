@@ -44,7 +44,7 @@ def find_adapted_layers(model: Any) -> AdaptedLayers:
     configs = getattr(model, "peft_config", None)
     if not configs or not hasattr(model, "get_base_model"):
         raise EditError(
-            "a gate needs a model with a LoRA adapter; pass peft_config= to the trainer, lora: to EditModule, or wrap "
+            "a gate needs a model with a LoRA adapter; pass peft_config= to the trainer, lora= to EditModule, or wrap "
             "the model with get_peft_model."
         )
     from peft.tuners.tuners_utils import BaseTunerLayer

@@ -32,7 +32,10 @@ def check_folder(folder: Path) -> None:
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
-        raise EditError(f"a parent of path={str(folder)!r} is a file; choose another folder.") from error
+        raise EditError(
+            f"path={str(folder)!r} cannot be created, because one of its parent folders is a file; choose another "
+            "folder."
+        ) from error
     except OSError as error:
         raise EditError(f"path={str(folder)!r} cannot be created ({error.strerror}); choose another folder.") from error
 

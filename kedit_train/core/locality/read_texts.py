@@ -56,8 +56,8 @@ def read_texts(source: Any, tokenizer: Any = None, *, render: bool = False) -> l
         text = record.get("text") if isinstance(record, Mapping) else record
         if not isinstance(text, str):
             raise EditError(
-                f'{where}: expected a string or a record with "text" or "messages", got {reprlib.repr(record)}; '
-                "correct this record."
+                f'{where}: expected a string, or a record with a string "text" or a list "messages", got '
+                f"{reprlib.repr(record)}; correct this record."
             )
         _check_unicode(text, where)
         texts.append(text)

@@ -58,7 +58,7 @@ def test_all_sources_are_rendered(tmp_path: Path) -> None:
         ({"messages": "hello"}, r"^texts, record 1: messages must be a list of at least one message .* got 'hello'"),
         ({"messages": [{"role": "user"}]}, r"^texts, record 1, message 1: expected .* got \{'role': 'user'\}"),
         ({"messages": [{"role": "user", "content": None}]}, r"^texts, record 1, message 1: expected"),
-        ({"other": 1}, r'^texts, record 1: expected a string or a record with "text" or "messages"'),
+        ({"other": 1}, r'^texts, record 1: expected a string, or a record with a string "text" or a list "messages"'),
     ],
 )
 def test_a_malformed_conversation_is_found_before_training(record: Any, message: str) -> None:

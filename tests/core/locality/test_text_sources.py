@@ -93,12 +93,13 @@ def test_the_embedded_world():
         ),
         (
             ["a", 3],
-            'texts, record 2: expected a string or a record with "text" or "messages", got 3; correct this record.',
+            'texts, record 2: expected a string, or a record with a string "text" or a list "messages", got 3; '
+            "correct this record.",
         ),
         (
             [{"prompt": "a"}],
-            "texts, record 1: expected a string or a record with "
-            "\"text\" or \"messages\", got {'prompt': 'a'}; correct this record.",
+            'texts, record 1: expected a string, or a record with a string "text" or a list "messages", got '
+            "{'prompt': 'a'}; correct this record.",
         ),
         (
             None,
@@ -140,7 +141,11 @@ def test_a_long_text_is_not_taken_for_a_path():
         ("a.txt", b"caf\xe9", "{path} must be a UTF-8 text file: 'utf-8' codec can't decode byte 0xe9 in position 3"),
         ("a.json", b'["a",', "{path} must be valid JSON: Expecting value"),
         ("a.jsonl", b'{"text": "a"}\n\n{"text": "b"\n', "{path}, line 3 must be valid JSON: Expecting ',' delimiter"),
-        ("a.jsonl", b'{"text": "a"}\n{"tekst": "b"}\n', '{path}, record 2: expected a string or a record with "text"'),
+        (
+            "a.jsonl",
+            b'{"text": "a"}\n{"tekst": "b"}\n',
+            '{path}, record 2: expected a string, or a record with a string "text"',
+        ),
         ("a.json", b"[" * 100_000, "{path} must be valid JSON: it is nested too deeply"),
         ("a.json", b"[" + b"9" * 5000 + b"]", "{path} must be valid JSON: a number has too many digits"),
         ("a.json", b'["\\ud800"]', "{path}, record 1 must be valid Unicode"),
