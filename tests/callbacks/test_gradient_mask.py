@@ -152,7 +152,10 @@ WRONG: dict[str, tuple[Callable[[dict[str, Tensor]], dict[str, Tensor]], str]] =
         "{path}: the mask of " + DOWN + " must have the parameter's shape [16, 32], got [32, 16]",
     ),
     "missing": (lambda m: {n: v for n, v in m.items() if n != DOWN}, "{path}: " + DOWN + " has no mask in the file"),
-    "unknown": (lambda m: m | {"lm_head.weight": m[DOWN].clone()}, "{path}: lm_head.weight is not in the scope"),
+    "unknown": (
+        lambda m: m | {"lm_head.weight": m[DOWN].clone()},
+        "{path}: lm_head.weight has a mask in the file, but",
+    ),
     "numbers": (
         lambda m: m | {DOWN: m[DOWN].float()},
         "{path}: " + DOWN + " must contain bools (True: the entry may change), got torch.float32;",

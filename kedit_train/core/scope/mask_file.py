@@ -68,7 +68,8 @@ def load_masks(
         return masks
     unknown, missing = sorted(masks.keys() - shapes.keys()), sorted(shapes.keys() - masks.keys())
     if unknown or missing:
-        name, problem = (unknown[0], "is not in the scope") if unknown else (missing[0], "has no mask in the file")
+        name = (unknown or missing)[0]
+        problem = "has a mask in the file, but is not in the scope" if unknown else "has no mask in the file"
         more = f" (further mismatches: {len(unknown + missing) - 1})" if len(unknown + missing) > 1 else ""
         raise EditError(f"{path}: {name} {problem}{more}; use the ParameterScope that the masks were made with.")
     for name, mask in masks.items():
