@@ -50,8 +50,8 @@ def check_arguments(component: object, **arguments: tuple[Any, Rule]) -> None:
             # The bound alone does not say what is wrong with an infinite number.
             infinite = isinstance(value, float) and math.isinf(value) and rule.expected.startswith(">")
             expected = f"finite and {rule.expected}" if infinite else rule.expected
-            # In Python, True > 0 holds.
-            if isinstance(value, bool) and expected.startswith((">", "finite")):
+            # In Python, True > 0 holds. A text such as '0.1' looks like a valid value.
+            if isinstance(value, bool | str) and expected.startswith((">", "finite", "in ")):
                 expected = f"a number {expected}"
             raise EditError(f"{argument} must be {expected}, got {cut(repr(value))}.", component=name)
 

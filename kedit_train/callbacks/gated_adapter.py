@@ -318,5 +318,6 @@ def _check_base_name(model: Any) -> None:
     if not (config.base_model_name_or_path or getattr(model.get_base_model(), "name_or_path", "")):
         raise EditError(
             "path= stores the name of the base model beside the adapter, but this base model has no name, because it "
-            "was not loaded from a folder or the hub; save the base model, and load it before you add the adapter."
+            "was not loaded from a folder or the hub; save the base model to a folder, load it from there, and add the "
+            "adapter to this model."
         )

@@ -282,7 +282,10 @@ class SaveDelta(EditCallback):
                 if not same_bits(tensor[name], after[name]):
                     differing.append(name)
         if differing:
-            raise EditError(f"{self.path} does not reproduce the trained weight {differing[0]}; do not use the file.")
+            raise EditError(
+                f"the base model with {self.path} does not reproduce the trained weight {differing[0]}; do not use "
+                "the file, and save the whole trained model instead."
+            )
         prompts = [] if hasattr(run.model, "peft_config") else self._prompts(run, edits)
         if not prompts:
             return "its weights equal the trained ones bit for bit"
@@ -293,7 +296,10 @@ class SaveDelta(EditCallback):
             reproduced = _logits(run, prompts)
             reshard(run.root)
         if not all(same_bits(a, b) for a, b in zip(trained, reproduced, strict=True)):
-            raise EditError(f"{self.path} does not reproduce the logits of the trained model; do not use the file.")
+            raise EditError(
+                f"the base model with {self.path} does not reproduce the logits of the trained model; do not use the "
+                "file, and save the whole trained model instead."
+            )
         return f"its weights, and the logits for {len(prompts)} of the edits, equal the trained ones bit for bit"
 
     def _changed_buffers(self, run: EditRun) -> list[str]:

@@ -217,8 +217,8 @@ def share_texts(config: Any) -> None:
         name = readers[0].class_path.rpartition(".")[2]
         raise EditError(
             f"{name} has the setting 'texts: world', which fits only the model and the edits that come with "
-            f"kedit-train, but this run has {foreign}; add --data.texts FILE, with a file of texts on which the "
-            "predictions of your model should not change (.txt with one text per line, .jsonl or .json)."
+            f"kedit-train, but this run has {foreign}; add --data.texts FILE. On the texts in FILE (.txt with one text "
+            "per line, .jsonl or .json), the predictions of your model should not change."
         )
 
 

@@ -17,9 +17,8 @@ def check_stored(tensors: Mapping[str, Tensor]) -> None:
     name = next((name for name, tensor in tensors.items() if tensor.is_meta), None)
     if name is not None:
         raise EditError(
-            f"{name} is on the meta device, so its values cannot be read or written (possible causes: offloading to "
-            "the CPU or to the disk, or a model without weights); load all weights into the memory of a GPU or of the "
-            "CPU, without device_map and without offloading."
+            f"{name} is on the meta device, so its values cannot be read or written (possible causes: offloading, or a "
+            "model without weights); load all weights into GPU or CPU memory, without device_map and offloading."
         )
 
 

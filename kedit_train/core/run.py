@@ -88,8 +88,8 @@ class EditRun(RunState):
                 # Closing that run would silently end its constraints.
                 first = ", ".join(type(c).__name__ for c in run.callbacks)
                 raise EditError(
-                    f"the model must not be in another edit, but an edit with {first} has not ended; put all callbacks "
-                    "into one edit, or end the first edit before you begin this one.",
+                    f"this model can be in only one edit at a time, but an edit with {first} has not ended; "
+                    "pass all callbacks to one edit, or end the first edit before you begin this one.",
                     component=type(callback).__name__,
                 )
             run.close()

@@ -245,7 +245,9 @@ def test_edits_of_another_callback_are_used_in_any_order_of_the_list(make, words
 def test_rows_of_stacked_experts_are_an_error(words):
     model = nn.Module()
     model.experts = nn.Parameter(torch.randn(2, 3, 4))
-    with pytest.raises(EditError, match=r"^GradientMask: experts must be a matrix .* got the shape \[2, 3, 4\]; use"):
+    with pytest.raises(
+        EditError, match=r"^GradientMask: the parameter 'experts' must be a matrix .* got the shape \[2, 3, 4\]; use"
+    ):
         masks(model, words, score="random", granularity="row")
     assert masks(model, words, score="random", density=0.5)["experts"].sum() == 12
 

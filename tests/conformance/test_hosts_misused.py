@@ -184,7 +184,9 @@ def test_a_callback_that_writes_weights_at_the_end_of_a_trainer_is_one_warning(t
 def test_a_trainer_with_callbacks_inside_an_editing_block_is_an_error(tmp_path, edits):
     made = trainer(tmp_path, edits, [])
     with editing(made.model, [scope(), NormBall(1e-3)]):
-        problem = "^KLLocality: the model must not be in another edit, but an edit with ParameterScope, NormBall has"
+        problem = (
+            "^KLLocality: this model can be in only one edit at a time, but an edit with ParameterScope, NormBall has"
+        )
         with pytest.raises(EditError, match=problem):
             Trainer(model=made.model, args=made.args, callbacks=[KLLocality(TEXTS)])
 
@@ -195,7 +197,9 @@ def test_an_editing_block_in_a_callback_of_a_trainer_is_an_error(tmp_path, edits
             with editing(model, [NormBall(1e-4)]):
                 pass
 
-    with pytest.raises(EditError, match=r"^NormBall: the model must not be in another edit.*ParameterScope, NormBall"):
+    with pytest.raises(
+        EditError, match=r"^NormBall: this model can be in only one edit at a time.*ParameterScope, NormBall"
+    ):
         trainer(tmp_path, edits, [scope(), NormBall(1e-3), Nests()], max_steps=1).train()
 
 

@@ -161,9 +161,8 @@ def test_a_cache_for_a_model_that_returns_router_logits_is_an_error(tokenizer, e
         HOSTS["loop"](model, tokenizer, edits, [scope(), PrefixCache()], 1)
     assert str(error.value) == (
         "PrefixCache: no batch can be cached, because the model was called with output_router_logits, which needs "
-        "every layer or may change the hidden states; remove this cause, or remove PrefixCache. If the "
-        "cause is output_router_logits, set router_aux_loss_coef=0.0 in SFTConfig, or "
-        "model.config.output_router_logits=False."
+        "every layer or may change the hidden states; set router_aux_loss_coef=0.0 in SFTConfig, or "
+        "model.config.output_router_logits=False, or remove PrefixCache."
     )
 
 

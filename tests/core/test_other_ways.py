@@ -37,7 +37,9 @@ def test_a_second_edit_inside_an_edit_of_the_same_model_is_an_error_and_the_firs
         optimizer = sgd(first)
         if started:
             first.before_step()
-        problem = r"^GradientMask: the model must not be in another edit, but an edit with NormBall has not ended"
+        problem = (
+            r"^GradientMask: this model can be in only one edit at a time, but an edit with NormBall has not ended"
+        )
         with pytest.raises(EditError, match=problem), editing(model, [GradientMask("random", density=0.5)]):
             pass
         first.before_step()

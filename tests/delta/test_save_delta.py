@@ -233,7 +233,8 @@ def test_a_file_that_does_not_reproduce_the_trained_weights_is_an_error(tmp_path
 
     monkeypatch.setattr(EditDelta, "load", load_and_change)
     with pytest.raises(
-        EditError, match=r"not reproduce the trained weight model.layers.2.mlp.down_proj.weight; do not use the file"
+        EditError,
+        match=r"not reproduce the trained weight model.layers.2.mlp.down_proj.weight; do not use the file, and",
     ):
         run(world.load()[0], [ParameterScope(**SCOPE), SaveDelta(path)], edits)
 

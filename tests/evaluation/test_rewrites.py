@@ -157,7 +157,8 @@ def test_a_probability_out_of_range_is_refused(known: Any, value: Any) -> None:
     ):
         with pytest.raises(EditError) as error:
             make()
-        assert str(error.value) == f"augmentation: rewrite must be in [0, 1), or None, got {value!r}."
+        kind = "a number " if isinstance(value, str) else ""
+        assert str(error.value) == f"augmentation: rewrite must be {kind}in [0, 1), or None, got {value!r}."
 
 
 def test_thoughts_and_unknown_verifications_are_refused(known: Any) -> None:

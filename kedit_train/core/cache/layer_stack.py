@@ -121,7 +121,7 @@ def find_prefix(
     if len(stacks) != 1:
         raise EditError(
             f"{name} must have exactly one stack of layers in which each layer passes a tensor of hidden states to "
-            f"the next layer, got {'several stacks' if stacks else 'no stack'}; remove PrefixCache."
+            f"the next layer, got {'several stacks' if stacks else 'no such stack'}; remove PrefixCache."
         )
     ((path, stack),) = stacks
     backbone = model.get_submodule(path.rpartition(".")[0])

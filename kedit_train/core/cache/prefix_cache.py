@@ -139,12 +139,11 @@ class FrozenPrefix:
         self.sequences = self.served = self._served_since_recheck = 0
         self.seconds_saved, self._seconds_and_tokens = 0.0, [0.0, 0]
         if not skipped and self._bypass_reason:
-            raise EditError(
-                f"no batch can be cached, because {self._bypass_reason}; remove this cause, or remove PrefixCache. If "
-                "the cause is output_router_logits, set router_aux_loss_coef=0.0 in SFTConfig, or "
-                "model.config.output_router_logits=False.",
-                component=_COMPONENT,
-            )
+            change = "remove this cause"
+            if "output_router_logits" in self._bypass_reason:
+                change = "set router_aux_loss_coef=0.0 in SFTConfig, or model.config.output_router_logits=False"
+            problem = f"no batch can be cached, because {self._bypass_reason}; {change}, or remove PrefixCache."
+            raise EditError(problem, component=_COMPONENT)
         if not skipped or not all(_same_bits(expected, x) for x in logits):
             raise EditError(
                 f"the cache would change the logits of {type(self.model).__name__}, because the cache stores only the "

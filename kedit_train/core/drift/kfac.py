@@ -112,8 +112,8 @@ def kfac_factors(
     for name, layer in layers.items():
         if any(module in head.module.modules() for module in layer.modules):
             raise EditError(
-                f"{name} is the output head, which would need a K-FAC factor of shape [vocabulary, vocabulary]; remove "
-                "this parameter from the scope."
+                f"{name} is the output head, for which the K-FAC factor would be too large (shape [vocabulary, "
+                "vocabulary]); remove this parameter from the scope."
             )
         d_out, d_in = layer.as_matrix(run.scope[name]).shape
         inputs[name], gradients[name] = zero_moment(run.scope[name], d_in), zero_moment(run.scope[name], d_out)

@@ -89,8 +89,8 @@ def load_factors(
             how = "by another callback, which handles the first tokens of texts differently"
         elif subject == "texts":
             how = (
-                "with other texts, another limit or another seed than those of this run, or with other edits, because "
-                "texts that contain a prompt of the edits are left out"
+                "with other texts, another limit or another seed, or for other edits (texts that contain a prompt of "
+                "an edit are left out)"
             )
         else:
             how = f"with other {subject} than those of this run"

@@ -220,8 +220,8 @@ class Gate:
             )
         if base is None:
             raise EditError(
-                f"{type(layer).__name__} did not call its base layer, so a gate cannot switch the output of this "
-                "layer; use another version of peft."
+                f"an adapter layer of the PEFT class {type(layer).__name__!r} did not call its base layer, so the gate "
+                "cannot switch off the adapter in this layer; use another version of peft."
             )
         if output.shape[:-1] != is_open.shape:
             raise EditError(

@@ -70,7 +70,7 @@ def unit_of(model: nn.Module, name: str, granularity: Granularity, scope: Contai
         return ("as_matrix", output_dim(module)) if matrix_of(name) in scope else ("scored", 0)
     if parameter.ndim > 2 and not isinstance(module, nn.modules.conv._ConvNd):
         raise EditError(
-            f'{name} must be a matrix or a convolution for granularity="{granularity}", got the shape '
+            f'the parameter {name!r} must be a matrix or a convolution for granularity="{granularity}", got the shape '
             f'{list(parameter.shape)}; use granularity="element", or remove this parameter from the scope.'
         )
     rows = output_dim(module)

@@ -101,7 +101,7 @@ def without_base_layer(layer: Any, x: Tensor) -> Tensor:
     [
         (in_place, "the gate does not switch the output of Linear"),
         (lambda layer, x: layer.base_layer(x), "the gate does not switch the output of Linear"),
-        (without_base_layer, "Linear did not call its base layer"),
+        (without_base_layer, "the PEFT class 'Linear' did not call its base layer"),
     ],
 )
 def test_another_forward_of_peft_is_an_error_when_the_gate_is_installed(tiny, monkeypatch, forward, message):
