@@ -44,9 +44,8 @@ class ReplayedFacts:
         """Return the numbers of considered and left-out prompts as one phrase."""
         fraction = self.leaked / max(1, self.prompts)
         return (
-            f"of {self.prompts} prompts, {self.leaked} were left out because they contain text of an edit (fraction "
-            f"{fraction:.3f}), {self.empty} because the model gave no answer, and {self.cut_off} because the answer "
-            "was too long"
+            f"{self.leaked} of {self.prompts} prompts ({fraction:.1%}) were left out because they contain text of an "
+            f"edit, {self.empty} because the model gave no answer, and {self.cut_off} because the answer was too long"
         )
 
 

@@ -113,9 +113,11 @@ class SubjectTokens(EditCallback):
         layers = find_linear_layers(run.model, run.scope)
         places = {name: place_in_blocks(run.model, name) for name in layers}
         paths = {path for path, index in places.values() if index >= 0}
-        if len(paths) != 1 or any(index < 0 for _, index in places.values()):
+        outside = next((name for name, (_, index) in places.items() if index < 0), None)
+        if len(paths) != 1 or outside is not None:
             raise EditError(
-                "every weight in scope must be inside the decoder blocks of the model; choose weights such as "
+                "every weight in scope must be inside the decoder blocks of the model, got "
+                f"{outside or 'weights in several stacks of blocks'}; choose weights such as "
                 "ParameterScope(modules='mlp.down_proj.weight')."
             )
         without = sum(not has_subject(edit) for edit in edits)
@@ -234,8 +236,8 @@ class SubjectTokens(EditCallback):
             if not (callback._inside or callback._recalled):
                 with reported_by("SubjectTokens"):
                     raise EditError(
-                        f"{layer.name} was used outside of a forward pass of the model; if the model uses gradient "
-                        'checkpointing, set gradient_checkpointing_kwargs={"use_reentrant": False}.'
+                        f"{layer.name} was used outside of a forward pass of the model; call the whole model, and if "
+                        'it uses gradient checkpointing, set gradient_checkpointing_kwargs={"use_reentrant": False}.'
                     )
             if (chosen := callback._chosen) is None:
                 return None

@@ -136,11 +136,13 @@ class TokenLoss(EditCallback):
         return {"token_loss", "edit/tokens/loss_now"} | clip
 
     def conflicts(self) -> Sequence[Requirement]:
-        found = [Requirement(("token_loss",), "the model already has another token loss; keep only one token loss.")]
+        message = "another callback of this run already replaces the training loss; keep only one of the two callbacks."
+        found = [Requirement(("token_loss",), message)]
         if self.objective == "prompt_last":
             message = (
-                'objective="prompt_last" cannot be combined with BatchAnchor, because this objective predicts all '
-                "tokens from the last position of the prompt; use another objective, or remove BatchAnchor."
+                'objective="prompt_last" cannot be combined with BatchAnchor: this objective predicts all tokens from '
+                "the last position of the prompt, but BatchAnchor compares predictions at the own position of each "
+                "token; use another objective, or remove BatchAnchor."
             )
             found.append(Requirement(("batch_anchor",), message))
         return found

@@ -206,8 +206,8 @@ class WeightAnchor(EditCallback):
                 )
             if rate * self.strength > 1.0:
                 raise EditError(
-                    f"learning rate * strength must be <= 1, got {rate:g} * {self.strength:g}, which would move {name} "
-                    "past its anchor weights; lower the learning rate or strength."
+                    f"learning rate * strength must be <= 1, got {rate:g} * {self.strength:g}, which would move "
+                    f"{name!r} past its anchor weights; lower the learning rate or strength."
                 )
             weight = wide(weights[name])
             step = rate * self.strength * (weight - wide(self._anchors[name]))

@@ -192,9 +192,9 @@ def share_texts(config: Any) -> None:
     foreign = " and ".join(f"{key}={cut(repr(value))}" for key, value in ours.items() if not world.is_world(value))
     if own is not None and world.is_world(own.augmentation.replay) and foreign:
         raise EditError(
-            "data.augmentation.replay=world uses prompts that fit only the model and the edits that come with "
-            f"kedit-train, but this run has {foreign}; add --data.augmentation.replay FILE, with a file of prompts "
-            "about facts that are not edited (.txt with one prompt per line, or a file of edits)."
+            "data.augmentation.replay='world' uses prompts that fit only the model and the edits that come with "
+            f"kedit-train, but this run has {foreign}; add --data.augmentation.replay FILE, where FILE has prompts "
+            "about facts that are not edited (a .txt file with one prompt per line, or a file of edits)."
         )
     if own is not None and own.texts is not None:
         if not readers:

@@ -68,7 +68,10 @@ def load_yaml(text: str) -> Any:
         raise InvalidYAML("the text is nested too deeply") from error
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         # PyYAML has no error of its own for a value that does not fit its tag, such as "!!int x".
-        raise InvalidYAML(f"a value cannot be read ({error})") from error
+        raise InvalidYAML(
+            "a value cannot be read, because it does not fit its type or tag, such as !!int, or because its key is not "
+            f"text ({error})"
+        ) from error
 
 
 def _check(text: str) -> None:

@@ -93,7 +93,7 @@ def numbered(edits: Sequence[Edit], i: int) -> str:
         edits: the edits.
         i: the index of the edit (counted from 0).
     """
-    return f"{i + 1} (id {shorten(edits[i].id)})" if edits[i].id else str(i + 1)
+    return f"{i + 1} (id {shorten(edits[i].id)!r})" if edits[i].id else str(i + 1)
 
 
 def check_contradictions(edits: Sequence[Edit], name: str) -> None:

@@ -135,7 +135,7 @@ def encode_edit(
         append_eos: end the target with exactly one end-of-text token, so that the edited model learns to stop.
         max_length: the maximum number of tokens, for example ``context_length(model.config)``. A longer edit is an
             error and is not truncated.
-        where: the name of the edit in error messages, for example ``"facts.json, edit 3 (id 17758)"``.
+        where: the name of the edit in error messages, for example ``"facts.json, edit 3 (id '17758')"``.
 
     Raises:
         EditError: the edit is too long; the prompt or the target has no tokens; the target has characters that the

@@ -126,7 +126,8 @@ class Change:
         """
         if not self.dtype.is_floating_point:
             raise EditError(
-                f"arithmetic needs floating-point tensors, got {self.dtype}; use deltas without tensors of this dtype."
+                f"arithmetic with deltas needs floating-point tensors, got {self.dtype}; use deltas without tensors of "
+                "this dtype."
             )
         wide = torch.float64 if self.dtype == torch.float64 else torch.float32
         changed = self.after.to(wide) - self.before.to(wide)
@@ -162,7 +163,9 @@ class Change:
                     f"the index of the {self.layout} must be a one-dimensional tensor of integers; save the delta again"
                 )
             if not self.shape:
-                raise EditError(f"a scalar tensor must have the layout dense, got {self.layout}; save the delta again")
+                raise EditError(
+                    f"a scalar tensor must have the layout 'dense', got {self.layout!r}; save the delta again"
+                )
             k, bound = len(self.index), {"rows": self.shape[0], "columns": self.shape[-1]}.get(self.layout, size)
             ascending = bool((self.index[1:] > self.index[:-1]).all())
             if not ascending or (k and not 0 <= int(self.index[0]) <= int(self.index[-1]) < bound):

@@ -45,9 +45,12 @@ class WeightBackup:
         for name in [*self.values, *current]:
             before, after = (_describe(tensors.get(name)) for tensors in (self.values, current))
             if before != after:
+                change = f"changed the tensor {name!r} from {before} to {after}"
+                if name not in self.values or name not in current:
+                    change = f"{'removed' if name in self.values else 'added'} the tensor {name!r}"
                 raise EditError(
                     "each tensor must keep its name, shape and dtype, so that the model can be restored, but training "
-                    f"changed {name} from {before} to {after}; train the given model in place, and remove adapters "
+                    f"{change}; train the given model in place, and remove adapters "
                     "after training."
                 )
         for name, value in self.values.items():

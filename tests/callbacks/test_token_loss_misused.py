@@ -85,7 +85,9 @@ def test_an_argument_that_the_objective_does_not_use_is_refused(objective, argum
 def test_two_token_losses_are_refused(make, second):
     with editing(make(), [TokenSmoothing(), second]) as edit, pytest.raises(EditError) as error:
         edit.before_step()
-    assert str(error.value).endswith(": the model already has another token loss; keep only one token loss.")
+    assert str(error.value).endswith(
+        ": another callback of this run already replaces the training loss; keep only one of the two callbacks."
+    )
 
 
 def test_a_module_without_a_language_model_is_refused():

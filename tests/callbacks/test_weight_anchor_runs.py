@@ -96,7 +96,8 @@ def test_a_weight_that_changes_its_shape_between_runs_is_refused():
     pull_once(model, anchor)
     model.weight = nn.Parameter(torch.zeros(3, 3))
     with pytest.raises(
-        EditError, match=r"WeightAnchor: weight has shape \(3, 3\), but had shape \(2, 3\) in an earlier run"
+        EditError,
+        match=r"WeightAnchor: the parameter 'weight' has shape \(3, 3\), but had shape \(2, 3\) in an earlier run",
     ):
         pull_once(model, anchor)
 

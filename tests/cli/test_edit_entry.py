@@ -242,7 +242,7 @@ def test_only_deprecations_in_other_libraries_are_hidden() -> None:
         (["--data.path", "edits.jsonl", "--data.texts", "world"], "edits.jsonl"),
         (
             ["--data.augmentation.replay", "world", "--model.name", "gpt2"],
-            "data.augmentation.replay=world.*model.name='gpt2'.*--data.augmentation.replay FILE",
+            "data.augmentation.replay='world'.*model.name='gpt2'.*--data.augmentation.replay FILE",
         ),
         (["--data.batch_size", "0"], "batch_size must be .*, got 0"),
         (["--data.texts", "none.txt", "--model.name", "no/such/folder"], "no/such/folder.*save_pretrained"),

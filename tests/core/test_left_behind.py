@@ -89,9 +89,9 @@ def test_a_step_that_was_not_announced_is_an_error() -> None:
 def test_an_edit_longer_than_the_context_is_named() -> None:
     model, tokenizer = world.load()
     long = EditDataset([*world.edits(n=1), Edit(prompt="word " * 300 + "is", target="long", id="e7")])
-    with pytest.raises(EditError, match="edit 2 \\(id e7\\)"):
+    with pytest.raises(EditError, match="edit 2 \\(id 'e7'\\)"):
         long.encode(tokenizer)
-    with pytest.raises(EditError, match="edit 2 \\(id e7\\)"):
+    with pytest.raises(EditError, match="edit 2 \\(id 'e7'\\)"):
         HOSTS["SFTTrainer"](model, tokenizer, long, [EditMetrics(long, show=False)], 1)
 
 

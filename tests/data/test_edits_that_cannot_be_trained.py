@@ -22,9 +22,9 @@ CONTRADICTORY = [
     {"prompt": " ada  LIVES in", "target": "Rome", "id": "b"},
 ]
 LINE = (
-    "records: edits 1 (id a) and 3 (id b) give the prompt 'Ada lives in' two targets, 'Bern' and 'Rome', but a prompt "
-    "must have only one target in a run; remove one of the edits, add the target of one edit to the aliases of the "
-    "other, or call latest() on the dataset to keep the last edit of each prompt"
+    "records: edits 1 (id 'a') and 3 (id 'b') give the prompt 'Ada lives in' two targets, 'Bern' and 'Rome', but a "
+    "prompt must have only one target in a run; remove one of the edits, add the target of one edit to the aliases of "
+    "the other, or call latest() on the dataset to keep the last edit of each prompt"
 )
 SKIP = 'correct the record, or pass on_error="skip" to leave out records with errors'
 UNREADABLE = {

@@ -203,7 +203,7 @@ def test_errors_name_the_edit() -> None:
     with pytest.raises(EditError) as caught:
         edits.encode(tokenizer, max_length=long - 1)
     assert str(caught.value) == (
-        f"facts.json, edit 2 (id 17): the prompt 'The capital of France is' and its target must have at "
+        f"facts.json, edit 2 (id '17'): the prompt 'The capital of France is' and its target must have at "
         f"most {long - 1} tokens together, got {long}; shorten the edit, leave it out, or "
         "split long documents with kedit_train.data.split_documents"
     )

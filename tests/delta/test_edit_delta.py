@@ -114,7 +114,7 @@ def test_other_dtypes_are_kept(dtype, tmp_path):
     if dtype.is_floating_point:
         assert delta.difference("w").dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     else:
-        with pytest.raises(EditError, match="arithmetic needs floating-point tensors"):
+        with pytest.raises(EditError, match="arithmetic with deltas needs floating-point tensors"):
             delta.difference("w")
 
 

@@ -181,7 +181,7 @@ def test_perplexity_and_weight_drift(scripted_model: Any) -> None:
     assert report.flat()["edit/weight_drift/relative"] == 0.5
     same = evaluate(model, tokenizer, EDITS, reference_weights=model, progress=False).metrics["weight_drift"]
     assert [value_and_n(same[k]) for k in ("relative", "largest", "moved")] == [(0.0, 1)] * 3
-    with pytest.raises(EditError, match=r"other has shape \(\), but the model has no such parameter"):
+    with pytest.raises(EditError, match=r"the parameter 'other' has shape \(\), but the model has no such parameter"):
         evaluate(model, tokenizer, EDITS, reference_weights={"other": torch.tensor(2.0)}, progress=False)
 
 
@@ -242,7 +242,7 @@ def test_refusals(scripted_model: Any) -> None:
     with pytest.raises(EditError, match=r"FSDP2 shards, got True\..*set distributed=False"):
         evaluate(sharded, tokenizer, EDITS, options=EvaluationOptions(distributed=True), progress=False)
     model.nan = True
-    with pytest.raises(EditError, match=r"^evaluate: edit jo: the model gives NaN logits after 'Who wrote it"):
+    with pytest.raises(EditError, match=r"^evaluate: edit 'jo': the model gives NaN logits after 'Who wrote it"):
         evaluate(model, tokenizer, [JO], progress=False)
 
 

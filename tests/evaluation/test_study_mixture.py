@@ -58,5 +58,7 @@ def test_rows_of_other_documents_are_left_out_and_counted(scripted_model: Any) -
 
 def test_two_answers_to_one_question_are_reported_as_study_rows() -> None:
     rows = StudyRows(tuple(StudyRow("question", "The lock", "Is it open?", text) for text in ("no", "yes")), 2)
-    with pytest.raises(EditError, match=r"^augmentation: study rows: edits 1 \(id study row 'Is it open\?'\) and 2"):
+    with pytest.raises(
+        EditError, match=r"^augmentation: study rows: edits 1 \(id \"study row 'Is it open\?'\"\) and 2"
+    ):
         augmentation(*world.load(), [LOCK], study=rows)

@@ -248,7 +248,7 @@ def test_a_later_edit_may_overwrite_an_earlier_one(learner, mode: Any, options: 
 
 def test_contradictory_edits_in_one_batch_are_refused_before_the_evaluation(learner) -> None:
     with pytest.raises(
-        EditError, match=r"^run_edits: edits: edits 1 \(id 0\) and 4 \(id newest\) give the prompt 'P0:'"
+        EditError, match=r"^run_edits: edits: edits 1 \(id '0'\) and 4 \(id 'newest'\) give the prompt 'P0:'"
     ):
         run_edits(*learner(3), CONTRADICTORY, mode="batch", progress=False)
 

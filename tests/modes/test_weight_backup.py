@@ -31,5 +31,5 @@ def test_an_added_parameter_cannot_be_restored():
     model = nn.Linear(2, 3)
     backup = WeightBackup(model)
     model.adapter = nn.Parameter(torch.zeros(1))
-    with pytest.raises(EditError, match=r"training changed adapter from no tensor to \(1,\) torch.float32"):
+    with pytest.raises(EditError, match="but training added the tensor 'adapter'"):
         backup.restore()

@@ -82,8 +82,8 @@ class LoopHost(Host):
         launched = int(os.environ.get("WORLD_SIZE", "1"))
         if launched > 1 and not is_distributed():
             return (
-                f"{launched} processes were started but are not connected, so each process trains its own model (call "
-                "fabric.launch() or torch.distributed.init_process_group() first)"
+                f"{launched} processes were started but are not connected, so each process trains its own model, "
+                "because neither fabric.launch() nor torch.distributed.init_process_group() was called"
             )
         return None
 

@@ -120,8 +120,9 @@ def find_prefix(
     stacks = [(n, m) for n, m in stacks if not any(n.startswith(f"{other}.") for other, _ in stacks)]
     if len(stacks) != 1:
         raise EditError(
-            f"{name} must have exactly one stack of layers in which each layer passes a tensor of hidden states to "
-            f"the next layer, got {'several stacks' if stacks else 'no such stack'}; remove PrefixCache."
+            "the model must have exactly one stack of layers in which each layer passes a tensor of hidden "
+            f"states to the next layer, but {name} has {'several such stacks' if stacks else 'none'}; remove "
+            "PrefixCache."
         )
     ((path, stack),) = stacks
     backbone = model.get_submodule(path.rpartition(".")[0])

@@ -56,8 +56,9 @@ class AnchorWeights:
             weight = run.scope[name]
             if weight.shape != self._weights[name].shape:
                 raise EditError(
-                    f"{name} has shape {tuple(weight.shape)}, but had shape {tuple(self._weights[name].shape)} in an "
-                    "earlier run of this callback; create a new callback for the changed model."
+                    f"the parameter {name!r} has shape {tuple(weight.shape)}, but had shape "
+                    f"{tuple(self._weights[name].shape)} in an earlier run of this callback; create a new callback "
+                    "for the changed model."
                 )
             # The model may have been moved between the runs.
             self._weights[name] = self._weights[name].to(weight.device)

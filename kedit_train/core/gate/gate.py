@@ -216,7 +216,8 @@ class Gate:
         if is_open is None:
             raise EditError(
                 "a layer with a gated adapter was called outside of a forward pass of the model; call the whole model, "
-                'or with gradient checkpointing, set gradient_checkpointing_kwargs={"use_reentrant": False}.'
+                "and if it uses gradient checkpointing, set "
+                'gradient_checkpointing_kwargs={"use_reentrant": False}.'
             )
         if base is None:
             raise EditError(

@@ -28,7 +28,8 @@ NO_NAMES = (
     "adapter_names= out."
 )
 ALREADY_GATED = (
-    "the model is already gated and cannot be edited again; load the base model and train all edits in one run."
+    "the model already has an adapter with a gate (GatedAdapter), so it cannot be edited again; load the base model "
+    "and train all edits in one run."
 )
 
 

@@ -105,7 +105,7 @@ def _items(layers: Layers) -> list[Layer]:
         if blank or isinstance(item, bool) or not isinstance(item, int | float | str):
             raise EditError(
                 "each value in layers must be an index (5, -1), a fraction (0.7) or a range ('4-6'), got "
-                f"{cut(repr(item))}."
+                f"{cut(repr(item))}{', which is blank' if blank else ''}."
             )
     return items
 
@@ -145,17 +145,21 @@ def _index(value: int | float, layers: Layer, depth: int) -> int:
     if isinstance(value, float):
         if not 0.0 <= value <= 1.0:
             raise EditError(
-                f"a fraction in layers must be in [0, 1], got {layers!r}; if you mean an index, write it without a "
-                "decimal point."
+                f"a fraction in layers must be in [0, 1], got {_found(value, layers)}; if you mean an index, write it "
+                "without a decimal point."
             )
         # The small number undoes binary rounding: 0.29 of 100 layers is layer 29.
         return min(int(value * depth + 1e-9), depth - 1)
     if not -depth <= value < depth:
         raise EditError(
             f"an index in layers must be from 0 to {depth - 1}, or from -{depth} to -1 to count from the end, got "
-            f"{layers!r}."
+            f"{_found(value, layers)}."
         )
     return value % depth
+
+
+def _found(value: int | float, layers: Layer) -> str:
+    return f"{value}" if isinstance(layers, int | float) else f"{value} in {layers!r}"
 
 
 def matches(name: str, pattern: str) -> bool:

@@ -26,7 +26,7 @@ class DivergedError(EditError):
     """
 
     def __init__(self, prompt: str, edit: str | None = None) -> None:
-        owner = "" if edit is None else f"edit {edit}: "
+        owner = "" if edit is None else f"edit {edit!r}: "
         super().__init__(
             f"{owner}the model gives NaN logits after {shorten(prompt)!r}, so its weights have diverged; "
             "lower the learning rate, or train in a dtype with a larger range, such as bfloat16 or float32."

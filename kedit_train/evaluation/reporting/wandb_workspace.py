@@ -44,7 +44,7 @@ def edit_workspace(project: str, *, name: str = "kedit-train") -> Any:
     """
     entity, _, own = project.partition("/")
     if not entity or not own or "/" in own:
-        raise EditError(f'project must be "team/project", got {project!r}.', component="edit_workspace")
+        raise EditError(f'project must have the form "team/project", got {project!r}.', component="edit_workspace")
     with require("wandb-workspaces"):
         from wandb_workspaces import workspaces  # pyright: ignore[reportMissingImports]
         from wandb_workspaces.reports import v2 as panels  # pyright: ignore[reportMissingImports]

@@ -65,7 +65,7 @@ def tensor_drift(model: nn.Module, reference_weights: Mapping[str, Tensor] | nn.
         if name not in current or current[name].shape != old.shape:
             own = "no such parameter" if name not in current else f"shape {tuple(current[name].shape)}"
             raise EditError(
-                f"reference_weights: {name} has shape {tuple(old.shape)}, but the model has {own}; "
+                f"reference_weights: the parameter {name!r} has shape {tuple(old.shape)}, but the model has {own}; "
                 "pass the unedited weights of the same model."
             )
         drifts[name] = _drift(full_tensor(current[name].detach()).flatten(), full_tensor(old.detach()).flatten())

@@ -68,7 +68,9 @@ def test_a_weight_that_changed_its_shape_is_refused():
     model, anchors = nn.Linear(3, 2, bias=False), AnchorWeights("base")
     complete_run(anchors, model)
     model.weight = nn.Parameter(torch.zeros(3, 3))
-    with pytest.raises(EditError, match=r"weight has shape \(3, 3\), but had shape \(2, 3\) in an earlier run"):
+    with pytest.raises(
+        EditError, match=r"the parameter 'weight' has shape \(3, 3\), but had shape \(2, 3\) in an earlier run"
+    ):
         anchors.start_run(run_on(model))
 
 

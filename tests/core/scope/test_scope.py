@@ -59,7 +59,10 @@ def test_binary_rounding_does_not_change_the_layer_of_a_fraction():
     [
         (24, "an index in layers must be from 0 to 23, or from -24 to -1 to count from the end, got 24."),
         (-25, "an index in layers must be from 0 to 23, or from -24 to -1 to count from the end, got -25."),
-        ("20-30", "an index in layers must be from 0 to 23, or from -24 to -1 to count from the end, got '20-30'."),
+        (
+            "20-30",
+            "an index in layers must be from 0 to 23, or from -24 to -1 to count from the end, got 30 in '20-30'.",
+        ),
         *(
             (
                 value,
@@ -88,7 +91,8 @@ def test_binary_rounding_does_not_change_the_layer_of_a_fraction():
         *(
             (
                 [1, text],
-                f"each value in layers must be an index (5, -1), a fraction (0.7) or a range ('4-6'), got {text!r}.",
+                "each value in layers must be an index (5, -1), a fraction (0.7) or a range ('4-6'), got "
+                f"{text!r}{', which is blank' if isinstance(text, str) else ''}.",
             )
             for text in ("", " ", "\u200b", None, b"1")
         ),

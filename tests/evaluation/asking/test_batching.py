@@ -42,7 +42,7 @@ def test_training_flags_are_restored(scripted_model):
 
 
 def test_the_error_about_nan_names_the_edit():
-    assert str(DivergedError("Q:", "ann")).startswith("edit ann: the model gives NaN logits after 'Q:'")
+    assert str(DivergedError("Q:", "ann")).startswith("edit 'ann': the model gives NaN logits after 'Q:'")
 
 
 def test_without_a_process_group_all_items_are_processed_here():

@@ -30,7 +30,7 @@ def test_the_view_has_the_scores_the_tables_and_a_section_for_each_question() ->
 
 @pytest.mark.parametrize("project", ["edits", "/edits", "team/", "a/b/c", ""])
 def test_a_project_needs_its_team(project: str) -> None:
-    with pytest.raises(EditError, match=r'^edit_workspace: project must be "team/project", got '):
+    with pytest.raises(EditError, match=r'^edit_workspace: project must have the form "team/project", got '):
         edit_workspace(project)
 
 
