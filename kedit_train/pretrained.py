@@ -108,8 +108,8 @@ def _load_adapted(name: str, base: str, *, dtype: str, trust_remote_code: bool) 
         model, tokenizer = load_model(base, dtype=dtype, trust_remote_code=trust_remote_code)
     except EditError as error:
         raise EditError(
-            f"the base model {base!r} of the adapter {name} cannot be loaded ({error}); correct "
-            f"base_model_name_or_path in adapter_config.json, {OTHER_WAY}."
+            f"the base model {base!r} of the adapter {name} cannot be loaded; correct "
+            f"base_model_name_or_path in adapter_config.json, {OTHER_WAY}. The reason: {error}"
         ) from error
     with loading_errors(name, f"is an adapter that does not fit its base model {base!r}"):
         adapted = PeftModel.from_pretrained(model, name)

@@ -47,9 +47,9 @@ def check_not_packed(root: nn.Module) -> None:
     packed = next((name for name, module in root.named_modules() if _is_packed(module)), None)
     if packed is not None:
         raise EditError(
-            f"the 4-bit weights of {packed} must not be packed for CPU inference, because a packed layer passes no "
-            "gradient to its input; load the model again and do not call it before the edit begins (a call without "
-            "gradients packs the weights), or train on a GPU."
+            f"the 4-bit weights of the layer {packed!r} must not be packed for CPU inference, because a packed layer "
+            "passes no gradient to its input; load the model again and do not call it before the edit begins (a call "
+            "without gradients packs the weights), or train on a GPU."
         )
 
 

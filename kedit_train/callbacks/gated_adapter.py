@@ -275,8 +275,8 @@ class GatedAdapter(EditCallback):
         layer = adapted.first if self.layer is None else self.layer
         if layer > adapted.first:
             raise EditError(
-                f"layer must be at most {adapted.first}, the first block with an adapter, got {layer}; use a lower "
-                "layer=, or adapt only higher blocks (layers_to_transform)."
+                f"layer must be at most {adapted.first}, the index of the first block with an adapter, got {layer}; "
+                "use a lower layer=, or adapt only higher blocks (layers_to_transform)."
             )
         return layer
 

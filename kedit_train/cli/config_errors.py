@@ -76,7 +76,7 @@ def _clearer(text: str) -> str:
         text = text.replace("expected list", "expected a list of callbacks")
     example = "kedit_train.callbacks.TokenLoss" if text.startswith("trainer.callbacks:") else "package.module.ClassName"
     text = re.sub(r"expected dot import path string: [^;]*", f"expected the path of a class, such as {example}", text)
-    return text.replace("; Given value: ", ", got ")
+    return text.replace("; Given value: ", ", got ").replace(". Got value: ", ", got ")
 
 
 def wrong_callback(content: Any) -> str | None:

@@ -63,7 +63,7 @@ def load_yaml(text: str) -> Any:
         reason = " ".join(part for part in (error.context, error.problem) if part)
         raise InvalidYAML(f"{reason}{where}") from error
     except yaml.YAMLError as error:
-        raise InvalidYAML(str(error)) from error
+        raise InvalidYAML(str(error).replace('in "<unicode string>", position', "at position")) from error
     except RecursionError as error:
         raise InvalidYAML("the text is nested too deeply") from error
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:

@@ -94,8 +94,8 @@ def check_scope(run: RunState, state: dict[str, Any]) -> None:
     for name, value in state["reference"].items():
         if value.shape != run.shapes[name]:
             raise EditError(
-                f"the checkpoint was written with {name} of shape {tuple(value.shape)}, but the model has shape "
-                f"{tuple(run.shapes[name])}; resume with the same model."
+                f"the checkpoint was written with the parameter {name!r} of shape {tuple(value.shape)}, but in the "
+                f"model it has shape {tuple(run.shapes[name])}; resume with the same model."
             )
     # Earlier versions did not save the scales.
     check_adapter_scales(run.model, state.get("adapter_scales", {}))

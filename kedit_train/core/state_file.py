@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -55,9 +56,12 @@ def load_state(folder: str | os.PathLike[str], *, file: str = FILE) -> dict[str,
         if not isinstance(state, dict):
             raise EditError(f"the metadata must be a mapping, got {type(state).__name__}.")
     except EditError as error:
+        # The advice of the original error does not help here, and the new message already names the path.
+        reason = re.split("; (?:get the file|check the path)", str(error))[0].rstrip(".")
+        reason = reason.replace(f"{path} ", "the file ", 1)
         raise EditError(
-            f"the state of the edit in {path} cannot be used: {error} Resume from an earlier checkpoint, or start "
-            "again from the unedited model."
+            f"the state of the edit in {path} cannot be used; resume from an earlier checkpoint, or start again from "
+            f"the unedited model. The reason: {reason}."
         ) from error
     return state
 

@@ -114,7 +114,7 @@ def _change(name: str, entry: Mapping[str, Any], tensors: dict[str, Tensor]) -> 
         )
     if not isinstance(tied, list) or not all(isinstance(other, str) for other in tied):
         raise EditError(
-            f"tensor {name!r}: the field tied must be a list of tensor names, got {tied!r:.100}; save the delta again"
+            f'tensor {name!r}: the field "tied" must be a list of tensor names, got {tied!r:.100}; save the delta again'
         )
     if not re.fullmatch("[0-9a-f]{64}", entry["base"]):
         raise EditError(

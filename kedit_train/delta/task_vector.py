@@ -100,7 +100,7 @@ class TaskVector(Generic[D]):
             if not bool(moved.to(difference.dtype)[difference != 0].isfinite().all()):
                 raise EditError(
                     f"tensor {name} must have finite values in {base.values.dtype} after the edit, got infinite or NaN "
-                    "values; use a smaller coefficient."
+                    "values; multiply each delta by a smaller coefficient."
                 )
             change = change_between(base.values, edited, base.hash, base.tied, base.known)
             if change is not None:

@@ -152,7 +152,8 @@ def test_arguments_are_checked(words, make):
     model = adapted(make(), layers_to_transform=[1])
     with (
         pytest.raises(
-            EditError, match=r"^GatedAdapter: layer must be at most 1, the first block with an adapter, got 2"
+            EditError,
+            match=r"^GatedAdapter: layer must be at most 1, the index of the first block with an adapter, got 2",
         ),
         editing(model, [GatedAdapter(["w1"], layer=2)], tokenizer=words),
     ):

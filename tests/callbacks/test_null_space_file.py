@@ -78,7 +78,9 @@ def test_other_texts_are_refused(make, words, ids, tmp_path):
         editing(
             model, [NullSpace(TEXTS, factors_path=path), ParameterScope(0, modules=SCOPE["llama"])], tokenizer=words
         ) as e,
-        pytest.raises(EditError, match=r"has no statistics of model\.layers\.0\..* written for another scope"),
+        pytest.raises(
+            EditError, match=r"has no statistics of the parameter 'model\.layers\.0\..* written for another scope"
+        ),
     ):
         e.before_step()
 

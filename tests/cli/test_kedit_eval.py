@@ -105,7 +105,10 @@ def test_nan_weights_are_reported(kedit: Kedit, edited_world: Path, tmp_path: Pa
         (["world", "none.jsonl"], "the file does not exist"),
         (["edit.safetensors", "edits.jsonl"], "--against BASE"),
         (["edits.jsonl", "edits.jsonl", "--against", "world"], "not a safetensors file"),
-        (["model", "edits.jsonl", "--delta", "edit.safetensors"], "the delta is already applied to model; give"),
+        (
+            ["model", "edits.jsonl", "--delta", "edit.safetensors"],
+            "the delta is already applied to the model 'model'; give",
+        ),
         (["world", "edits.jsonl", "--delta", "edit.safetensors", "--against", "model"], "remove --against"),
         (["world", "edits.jsonl", "--against", "none.json", "--full"], "none.json"),
         (["world", "edits.jsonl", "--json", "report.txt"], "must end with .json"),

@@ -74,7 +74,9 @@ def test_an_adapter_of_another_rank_is_one_line(tmp_path: Path) -> None:
         edit.before_step()
         save_state(tmp_path, edit.state_dict())
     made = trainer(lora(4), tmp_path, [ParameterScope(modules="lora_*"), NormBall(1e-3)])
-    with pytest.raises(EditError, match=r"lora_A.* of shape \(2, 352\), but the model has shape \(4, 352\)") as error:
+    with pytest.raises(
+        EditError, match=r"lora_A.* of shape \(2, 352\), but in the model it has shape \(4, 352\)"
+    ) as error:
         made.train(resume_from_checkpoint=str(tmp_path))
     assert "\n" not in str(error.value)
 
@@ -104,7 +106,9 @@ def test_weights_of_another_shape_are_one_line_in_lightning(tmp_path: Path) -> N
     made = fit(Module(), [NormBall(1e-3)], torch.ones(1, 2, 4))
     made.save_checkpoint(tmp_path / "a.ckpt")
     other = Module(width=5)
-    with pytest.raises(EditError, match=r"with adapter\.weight of shape \(3, 3\), but .* \(5, 3\)") as error:
+    with pytest.raises(
+        EditError, match=r"with the parameter 'adapter\.weight' of shape \(3, 3\), but .* \(5, 3\)"
+    ) as error:
         fit(other, [NormBall(1e-3)], torch.ones(1, 2, 4), ckpt_path=str(tmp_path / "a.ckpt"))
     assert "\n" not in str(error.value)
     assert not other._load_state_dict_pre_hooks

@@ -71,6 +71,6 @@ def test_a_damaged_state_file_is_an_error(tmp_path: Path) -> None:
 def test_a_state_whose_metadata_do_not_fit_its_tensors_is_an_error(tmp_path: Path, metadata, problem: str) -> None:
     """The checksum of such a file can be right, since it can be computed again."""
     save_tensors(tmp_path / FILE, {"w": torch.ones(2)}, metadata, kind="kedit_train.state")
-    with pytest.raises(EditError, match=f"the state of the edit in .* cannot be used: .*{problem}") as error:
+    with pytest.raises(EditError, match=f"the state of the edit in .* cannot be used; .*{problem}") as error:
         load_state(tmp_path)
     assert "\n" not in str(error.value)

@@ -165,7 +165,7 @@ def test_layers_that_pack_their_weights_keep_their_gradient_during_an_edit() -> 
 def test_packed_weights_are_an_error_before_training() -> None:
     model = packing()
     use(model)
-    message = r"4-bit weights of 1 must not be packed .* no gradient .* load the model again"
+    message = r"4-bit weights of the layer '1' must not be packed .* no gradient .* load the model again"
     with pytest.raises(EditError, match=message) as error:
         step(model, lambda number: None, modules="0")
     assert "\n" not in str(error.value)

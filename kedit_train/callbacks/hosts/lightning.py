@@ -184,8 +184,8 @@ def _check_shapes(module: Any, state: Mapping[str, Any], prefix: str, *_: Any) -
         saved = getattr(state.get(prefix + name), "shape", parameter.shape)
         if saved != parameter.shape:
             raise EditError(
-                f"the checkpoint was written with {name} of shape {tuple(saved)}, but the model has shape "
-                f"{tuple(parameter.shape)}; resume with the same model and the same adapters."
+                f"the checkpoint was written with the parameter {name!r} of shape {tuple(saved)}, but in the model it "
+                f"has shape {tuple(parameter.shape)}; resume with the same model and the same adapters."
             )
 
 

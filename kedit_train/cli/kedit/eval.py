@@ -178,8 +178,8 @@ def _evaluate(args: Namespace, name: str, edits: Any, delta: Any) -> Any:
     if delta is not None:
         if delta.verify(model) == "edited":
             raise EditError(
-                f"the delta is already applied to {name}; give the unedited model instead of {name}, or leave out the "
-                "delta."
+                f"the delta is already applied to the model {name!r}; give the unedited model instead, or leave out "
+                "the delta."
             )
         before = evaluate(model, tokenizer, edits, **options)
         named = dict(model.named_parameters())

@@ -158,7 +158,7 @@ def _sweep(args: Namespace, points: list[Any]) -> Any:
     dtype = next((str(c.dtype).removeprefix("torch.") for c in delta.changes.values()), "auto")
     model, tokenizer = load_for(args, args.model, dtype)
     if delta.verify(model) == "edited":
-        raise EditError(f"the delta is already applied to {args.model}; pass the unedited model as MODEL.")
+        raise EditError(f"the delta is already applied to the model {args.model!r}; pass the unedited model as MODEL.")
     options: dict[str, Any] = {"limit": args.limit, "seed": args.seed, "progress": False}
     options["options"] = EvaluationOptions(
         batch_size=args.batch_size, max_new_tokens=args.max_new_tokens, prompt_format=args.prompt_format

@@ -106,8 +106,8 @@ def load_factors(
             matrix, count = tensors.get(key), metadata["tokens"].get(key)
             if matrix is None and any(other.startswith(f"{kind}/") for other in tensors):
                 raise EditError(
-                    f"the file at factors_path={str(path)!r} has no statistics of {name}, because it was written for "
-                    "another scope; use another path."
+                    f"the file at factors_path={str(path)!r} has no statistics of the parameter {name!r}, because "
+                    "it was written for another scope; use another path."
                 )
             if matrix is None and kind == "gradients":
                 raise EditError(

@@ -57,8 +57,9 @@ def find_linear_layers(model: nn.Module, scope: Mapping[str, nn.Parameter]) -> d
     for name, parameter in scope.items():
         if isinstance(parameter, DTensor) and not has_whole_rows(parameter):
             raise EditError(
-                f"{name} must be sharded along its first dimension, got {parameter.placements}; use fully_shard "
-                "without shard_placement_fn and without tensor parallelism, train with DDP, or remove this callback."
+                f"the parameter {name!r} must be sharded along its first dimension, got {parameter.placements}; use "
+                "fully_shard without shard_placement_fn and without tensor parallelism, train with DDP, or remove this "
+                "callback."
             )
         if is_stack(name, parameter.shape):
             raise EditError(

@@ -113,8 +113,8 @@ class Gate:
             raise EditError(ALREADY_GATED)
         if not 0 <= self.layer <= adapted.first:
             raise EditError(
-                f"the layer of the gate must be at most {adapted.first}, the first block with an adapter, got "
-                f"{self.layer}; use a lower layer, or adapt only higher blocks."
+                f"the layer of the gate must be at most {adapted.first}, the index of the first block with an "
+                f"adapter, got {self.layer}; use a lower layer, or adapt only higher blocks."
             )
         hidden = model.get_base_model().config.get_text_config().hidden_size
         if self.keys.shape[1] != hidden:

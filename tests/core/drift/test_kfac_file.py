@@ -60,7 +60,9 @@ def test_another_model_other_texts_and_another_seed_are_refused(path, change, su
 )
 def test_factors_that_do_not_fit_the_weights_are_refused(path, weights):
     unfit = r"has no valid factor 'inputs/.*delete the file to compute the factors again"
-    other_scope = r"has no statistics of other, because it was written for another scope; use another path"
+    other_scope = (
+        r"has no statistics of the parameter 'other', because it was written for another scope; use another path"
+    )
     with pytest.raises(EditError, match=other_scope if "other" in weights else unfit):
         load_factors(path, weights, **OPTIONS)
 

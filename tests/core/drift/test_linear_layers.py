@@ -52,7 +52,9 @@ def test_only_weights_that_are_sharded_along_another_dimension_are_refused(tmp_p
         model.weight = nn.Parameter(distribute_tensor(weight, mesh, [Shard(0)]))
         assert list(find_linear_layers(model, {"weight": model.weight})) == ["weight"]
         model.weight = nn.Parameter(distribute_tensor(weight, mesh, [Shard(1)]))
-        with pytest.raises(EditError, match=r"weight must be sharded along its first dimension, got .*Shard\(dim=1\)"):
+        with pytest.raises(
+            EditError, match=r"the parameter 'weight' must be sharded along its first dimension, got .*Shard\(dim=1\)"
+        ):
             find_linear_layers(model, {"weight": model.weight})
     finally:
         dist.destroy_process_group()

@@ -87,7 +87,7 @@ def test_what_cannot_be_gated_is_refused(tiny):
             key,
             "must be inside the decoder blocks",
         ),
-        (build(), 2, key, "must be at most 1, the first block with an adapter, got 2"),
+        (build(), 2, key, "must be at most 1, the index of the first block with an adapter, got 2"),
         (build(), LAYER, torch.zeros(1, 9), "the keys of the gate have 9 entries"),
     ]
     for model, layer, keys, message in cases:
