@@ -113,10 +113,9 @@ def compute_divergences(
     for prompt in prompts:
         if prompt not in reference:
             raise EditError(
-                f"the result passed as unedited= has no distribution for {shorten(prompt)!r}; measure the unedited "
-                "model on the same prompts, without the argument unedited=, and pass this result in the same process, "
-                "because a saved file contains no distributions. With evaluate, set "
-                'EvaluationOptions(metrics=["kl"]) for both models.'
+                f"the result passed as unedited= has no distribution for {shorten(prompt)!r} (a saved file has "
+                "none); in this process, measure the unedited model on the same prompts without unedited=, and pass "
+                'the result. With evaluate, set EvaluationOptions(metrics=["kl"]) for both models.'
             )
     sequences = [reference[prompt].sequence for prompt in prompts]
     divergences: dict[str, tuple[float, ...]] = {}
