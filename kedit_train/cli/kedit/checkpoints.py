@@ -42,7 +42,8 @@ def folder_of(name: str) -> Path:
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise EditError(
             f"the model {name!r} is not a folder and cannot be loaded from the hub "
-            f"({reason.partition('. ')[0][:200]}); give the folder of a checkpoint, the hub name of a model that you can download, or 'world' (the bundled model)."
+            f"({reason.partition('. ')[0][:200]}); give the folder of a checkpoint, the hub name of a "
+            "model that you can download, or 'world' (the bundled model)."
         ) from error
 
 
