@@ -14,6 +14,7 @@ from kedit_train import world
 from kedit_train.core.gate.adapter_source import OTHER_WAY, adapted_base, adapter_folder
 from kedit_train.core.gate.gate import Gate
 from kedit_train.core.gate.gate_file import has_gate
+from kedit_train.data.tokenization import shorten
 from kedit_train.errors import EditError
 from kedit_train.gguf_file import is_gguf, load_gguf
 from kedit_train.optional import require
@@ -173,10 +174,10 @@ def loading_errors(name: str, problem: str) -> Iterator[None]:
         raise
     # Damaged files cause many kinds of errors: tokenizers, for example, raises Exception itself.
     except Exception as error:
-        reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
-        local = "" if Path(name).is_dir() else " (no such folder on this machine)"
+        reason = shorten(str(error), 300).rstrip(".") or type(error).__name__
+        local = "" if Path(name).exists() else " (no such folder on this machine)"
         raise EditError(
-            f"model {name!r}{local} {problem}: {reason[:300]}; use a Hugging Face Hub name, a folder saved by "
+            f"model {name!r}{local} {problem}: {reason}; use a Hugging Face Hub name, a folder saved by "
             'save_pretrained, a .gguf file, or "world" (the bundled model).'
         ) from error
 

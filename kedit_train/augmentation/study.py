@@ -21,7 +21,7 @@ from kedit_train.errors import EditError, reported_by, warn
 from kedit_train.paths import PATH
 
 _KINDS = Rule(
-    f"a list of one or more of {', '.join(KINDS)}",
+    f'a list (such as ["question"]) of one or more of {", ".join(KINDS)}',
     lambda value: not isinstance(value, str) and isinstance(value, Sequence) and bool(value) and set(value) <= {*KINDS},
 )
 _FUNCTION = Rule("a function (row, document) -> bool", callable)
@@ -226,7 +226,8 @@ def _checked(
         rows += accepted
     if not rows:
         raise EditError(
-            f"no study row is left of {len(texts)} texts: {unusable} texts were not usable, and verify rejected "
-            f"{rejected} rows; pass another verify, let a larger model write the rows, or train without study rows."
+            f"no study row is left: {unusable} of the {len(texts)} generated texts gave no usable row, and verify "
+            f"rejected the {rejected} rows of the others; pass another verify, let a larger model write the rows, or "
+            "train without study rows."
         )
     return StudyRows(tuple(rows), len(texts), unusable, rejected)

@@ -13,6 +13,7 @@ from typing import Any
 
 from kedit_train.atomic_write import writing
 from kedit_train.data import Edit
+from kedit_train.data.readers.fields import quoted
 from kedit_train.data.readers.files import read_text
 from kedit_train.data.readers.json_text import InvalidJSON, parse_json
 from kedit_train.data.tokenization import shorten
@@ -99,7 +100,10 @@ def _row(path: Path, number: int, line: str, titles: Collection[str]) -> dict[st
     row = _parsed(path, number, line)
     has_fields = isinstance(row, dict) and set(row) == {*FIELDS}
     if not has_fields or not all(isinstance(value, str) and is_visible(value) for value in row.values()):
-        raise EditError(f"{path}, line {number}: a row must have the fields {', '.join(FIELDS)}, each with text.")
+        raise EditError(
+            f"{path}, line {number}: a row must have exactly the fields {quoted(FIELDS)}, each with text that is "
+            "not blank; correct the row."
+        )
     title = title_in(row["document"], titles)
     if title is None:
         raise EditError(

@@ -75,9 +75,9 @@ def write_texts(
         ids = _request(tokenizer, documents[at], kind)
         if context is not None and len(ids) + max_new_tokens > context:
             raise EditError(
-                f"the document {shorten(documents[at].prompt)!r} with {max_new_tokens} new tokens must fit into the "
-                f"context of the model ({context} tokens), got {len(ids) + max_new_tokens} tokens; split the documents "
-                "with split_documents."
+                f"the document {shorten(documents[at].prompt)!r} and max_new_tokens={max_new_tokens} must fit into "
+                f"the context of the model ({context} tokens), got {len(ids) + max_new_tokens} tokens; split the "
+                "documents with split_documents, or lower max_new_tokens."
             )
         sequences.append(ids)
     texts = _sample(inner, tokenizer, sequences, seed, batch_size, max_new_tokens)

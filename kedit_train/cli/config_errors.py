@@ -74,6 +74,7 @@ def _clearer(text: str) -> str:
         # One callback without a list is accepted too, so the error is not about a missing list.
         text = re.sub(r"expected list; (?!Given value|lightning\.Callback:)", "", text)
         text = text.replace("expected list", "expected a list of callbacks")
+    text = re.sub(r"expected \w+(; expected \w+)+(?=[;,]|$)", lambda m: m[0].replace("; expected ", " or "), text)
     example = "kedit_train.callbacks.TokenLoss" if text.startswith("trainer.callbacks:") else "package.module.ClassName"
     text = re.sub(r"expected dot import path string: [^;]*", f"expected the path of a class, such as {example}", text)
     return text.replace("; Given value: ", ", got ").replace(". Got value: ", ", got ")

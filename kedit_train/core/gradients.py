@@ -45,7 +45,9 @@ def check_gradients(run: RunState, penalized: bool = False) -> None:
         )
     if run.step == 0 and not experts_per_block(scope):
         name = next(iter(scope))
-        more = f" or {len(scope) - 1} more parameters in scope" if len(scope) > 1 else ", the parameter in scope"
+        more = (
+            f" or any other of the {len(scope)} parameters in scope" if len(scope) > 1 else ", the parameter in scope"
+        )
         raise EditError(
             f"no gradient has reached {name}{more}, so training would change nothing; call backward() before the "
             "step, and look for detach(), torch.no_grad() or a quantized layer without gradients between the scope and "

@@ -132,7 +132,7 @@ class Integrity:
         if scope and not any(p.requires_grad for p in scope.values()):
             raise EditError(
                 f"no parameter in scope can be trained at step {self.run.step + 1}, because other code has set "
-                f"requires_grad of {next(iter(scope))} (and {len(scope) - 1} more) to False; remove this code, or "
+                f"requires_grad to False for all of them, for example {next(iter(scope))}; remove this code, or "
                 "select other parameters with ParameterScope."
             )
 

@@ -63,7 +63,7 @@ def _compare(found: list[dict[str, Any]]) -> None:
     for number, other in enumerate(found):
         if other["error"] is not None:
             raise EditError(
-                f"process {number} failed before the first step (this is process {rank()}): {other['error']}"
+                f"process {number} failed before the first step, so process {rank()} stops too: {other['error']}"
             )
     first = found[0]
     for number, other in enumerate(found[1:], start=1):

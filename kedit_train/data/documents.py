@@ -92,7 +92,7 @@ def _parts(edit: Edit, tokenizer: Any, max_length: int, prompt_format: PromptFor
     else:
         raise EditError(
             f"max_length must leave room for the prompt {shorten(edit.prompt)!r} and at least one token of its target, "
-            f"got {max_length}; use a model with a longer context, or shorten the prompt."
+            f"got {max_length}; increase max_length, use a model with a longer context, or shorten the prompt."
         )
     yield replace(edit, target=texts[0])
     used.update(map(fold, prompts))

@@ -160,7 +160,8 @@ def _check_meta(meta: Mapping[str, Any]) -> None:
         )
     if not all(type(value) in (int, float) and math.isfinite(value) for value in scores.values()):
         raise EditError(
-            f"every score must be a finite number, got {scores!r:.100}; correct the scores and save the delta again"
+            f'in the metadata field "scores", every score must be a finite number, got {scores!r:.100}; correct the '
+            "scores and save the delta again"
         )
     if not strings(versions.values()):
         raise EditError(

@@ -72,7 +72,7 @@ def merge(
         if not vectors or len(factors) != len(vectors):
             raise EditError(
                 f"expected at least one delta, and one weight per delta, got {len(vectors)} deltas and {len(factors)} "
-                "weights; pass one weight for each delta."
+                "weights; pass at least one delta, and one weight for each delta or no weights."
             )
         for vector in vectors[1:]:
             check_same_base(vectors[0], vector)

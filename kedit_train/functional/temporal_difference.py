@@ -30,7 +30,7 @@ def last_valid(mask: Tensor) -> Tensor:
         tensor([1, 2])
     """
     if not bool(mask.any(-1).all()):
-        raise EditError("every sequence must have at least one valid position; remove empty sequences.")
+        raise EditError("every row of mask must have at least one valid position (True); remove empty sequences.")
     # argmax returns the first maximum, so argmax of the mask itself would be the first valid position.
     return mask.long().cumsum(-1).argmax(-1)
 

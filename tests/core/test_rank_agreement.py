@@ -74,7 +74,9 @@ def test_other_weights_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_an_error_in_one_process_is_an_error_in_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
     Other(monkeypatch, lambda other: other.update(error="the model has no head."))
-    with pytest.raises(EditError, match=r"process 1 failed before the first step .*: the model has no head\."):
+    with pytest.raises(
+        EditError, match=r"process 1 failed before the first step, so process 0 stops too: the model has no head\."
+    ):
         train(callbacks())
     Other(monkeypatch, lambda _: None, also_connected=False)
     with pytest.raises(EditError, match="another process ended before the first step"):

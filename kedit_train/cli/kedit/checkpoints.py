@@ -29,7 +29,10 @@ def folder_of(name: str) -> Path:
     if folder.is_dir():
         return folder
     if folder.is_file():
-        raise EditError(f"model {name} is a file; give the folder of a checkpoint, a hub name, or 'world'.")
+        raise EditError(
+            f"the model {name!r} is a file; give the folder of a checkpoint, the hub name of a model, or 'world' (the "
+            "bundled model)."
+        )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
@@ -38,8 +41,9 @@ def folder_of(name: str) -> Path:
     except (OSError, HFValidationError) as error:
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise EditError(
-            f"model {name!r} is not a folder and cannot be loaded from the hub ({reason.partition('. ')[0][:200]}); "
-            "give the folder of a checkpoint, the hub name of a model that you can download, or 'world'."
+            f"the model {name!r} is not a folder and cannot be loaded from the hub "
+            f"({reason.partition('. ')[0][:200]}); give the folder of a checkpoint, the hub name of a "
+            "model that you can download, or 'world' (the bundled model)."
         ) from error
 
 

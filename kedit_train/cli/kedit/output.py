@@ -117,7 +117,7 @@ def check_new_folder(path: str) -> None:
         EditError: the folder, or a file of this name, exists already.
     """
     if Path(path).exists():
-        raise EditError(f"{path} already exists; choose the name of a new folder.")
+        raise EditError(f"the output path {path!r} already exists; choose the name of a new folder.")
 
 
 @contextmanager

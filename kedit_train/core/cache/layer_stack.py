@@ -150,8 +150,8 @@ def find_prefix(
                 else "belongs to no module that was called"
             )
             raise EditError(
-                f"{names[key]} is trained and {use}, so every step may change the output of the frozen layers; remove "
-                "PrefixCache, or remove this parameter from the scope."
+                f"{names[key]} is trained and {use}, so every step may change the output of the frozen layers, "
+                "which PrefixCache stores; remove PrefixCache, or remove this parameter from the scope."
             )
     sharded = next((names[key] for key, p in before.items() if isinstance(p, DTensor)), None)
     if sharded is not None:

@@ -75,7 +75,11 @@ def load_factors(
     try:
         tensors, metadata = load_tensors(path, kind=_KIND, memory_map=False)
     except EditError as error:
-        raise EditError(f"factors_path={str(path)!r} cannot be used: {str(error).rstrip('.')}; {_RETRY}.") from error
+        # The message ends with advice about a downloaded file, but factors can be computed again.
+        reason = str(error).rpartition("; ")[0] or str(error).rstrip(".")
+        raise EditError(
+            f"factors_path={str(path)!r} cannot be used: {reason}; use another path, or {_RETRY}."
+        ) from error
     if not isinstance(metadata, dict) or not isinstance(metadata.get("tokens"), dict):
         raise EditError(
             f"factors_path={str(path)!r} cannot be used: the file does not state from how many tokens each factor was "

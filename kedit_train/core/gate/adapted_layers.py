@@ -74,8 +74,8 @@ def find_adapted_layers(model: Any) -> AdaptedLayers:
     for name, module in inner.named_modules():
         if isinstance(module, AuxiliaryTrainingWrapper):
             raise EditError(
-                f"{name} is trained as a whole, which would change the output for every input; remove modules_to_save "
-                "and trainable_token_indices from the LoRA configuration."
+                f"{name} is trained without LoRA matrices, so it would change answers even while the gate is closed; "
+                "remove modules_to_save and trainable_token_indices from the LoRA configuration."
             )
         if isinstance(module, BaseTunerLayer):
             _check_layer(name, module)

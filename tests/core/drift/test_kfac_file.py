@@ -75,13 +75,13 @@ def test_factors_that_are_not_finite_are_refused(path):
 
 def test_a_truncated_file_is_refused(path):
     path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(EditError, match=r"factors_path=.* cannot be used: .*; delete the file"):
+    with pytest.raises(EditError, match=r"factors_path=.* cannot be used: .*; use another path, or delete the file"):
         load_factors(path, WEIGHTS, **OPTIONS)
 
 
 def test_a_file_without_a_checksum_as_older_versions_wrote_is_refused(path):
     save_file({"inputs/w": torch.eye(3)}, path, metadata={"weights": "a", "texts": "b", "tokens": "{}"})
-    with pytest.raises(EditError, match=r"factors_path=.* cannot be used: .*; delete the file"):
+    with pytest.raises(EditError, match=r"factors_path=.* cannot be used: .*; use another path, or delete the file"):
         load_factors(path, WEIGHTS, **OPTIONS)
 
 
@@ -102,5 +102,5 @@ def test_a_changed_byte_is_noticed(path, place):
     content = bytearray(path.read_bytes())
     content[place] ^= 1
     path.write_bytes(content)
-    with pytest.raises(EditError, match=r"factors_path=.* cannot be used: .*; delete the file"):
+    with pytest.raises(EditError, match=r"factors_path=.* cannot be used: .*; use another path, or delete the file"):
         load_factors(path, WEIGHTS, **OPTIONS)
