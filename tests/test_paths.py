@@ -36,7 +36,7 @@ USES: dict[str, Callable[[], Any]] = {
     "EditMetrics": lambda: EditMetrics(report_path=NUL),
     "EditModule": lambda: EditModule(save_path=NUL),
     "folder of tune": lambda: _work_folder(NUL).__enter__(),
-    "hidden states": lambda: hidden_state_file.check_writable(Path(NUL, "x")),
+    "hidden states": lambda: hidden_state_file.create_folder(Path(NUL, "x")),
     "LowCurvature": lambda: LowCurvature(["a"], factors_path=f"{NUL}.safetensors"),
     "mask, read": lambda: load_masks(NUL),
     "mask_path": lambda: GradientMask(mask_path=NUL),

@@ -46,17 +46,21 @@ ONE_BY_ONE, ONE_BY_ONE_SUBJECT, ONE_BY_ONE_VALUES = SCRIPTED = (
     "one_by_one_subject",
     "one_by_one_values",
 )
-# Methods without a file of their own, and the recipe whose settings they share: LowCurvature in place of NullSpace, and
-# LoRA without callbacks.
+# Methods without a file of their own, and the recipe whose settings they share: LowCurvature in place of NullSpace,
+# LoRA without callbacks, and two pseudo-paraphrases per edit.
 VARIANTS = {
     **dict.fromkeys(SCRIPTED, "kedit_default"),
     "low_curvature": "null_space",
     "plain_lora": "overtone_lora",
+    "subject_values_prefixes": "subject_values",
 }
+# The settings in which a method differs from the recipe whose settings it shares.
+VARIANT_SETTINGS = {"subject_values_prefixes": "--data.augmentation.prefixes=2"}
 # The pretrained model is a hundred times as large as the world, so fewer recipes are compared on it.
 ON_SMOLLM2 = (
     "ft_m", "locft_bf", "overtone", "plain_lora", "overtone_lora", "kl_locality", "null_space", "low_curvature",
-    "replay", "second_order", "kedit_default", "subject_tokens", "subject_values", *SCRIPTED,
+    "replay", "second_order", "kedit_default", "subject_tokens", "subject_values",
+    "subject_values_prefixes", *SCRIPTED,
 )  # fmt: skip
 # Which modes a recipe is compared in, if not in all.
 ONLY = {
@@ -64,6 +68,7 @@ ONLY = {
     "second_order": ("batch",),
     "subject_tokens": ("batch",),
     "subject_values": ("batch",),
+    "subject_values_prefixes": ("batch",),
     **dict.fromkeys(SCRIPTED, ("single", "sequential")),
 }
 ALL_MODES_ON_SMOLLM2 = ("ft_m", "overtone", "kl_locality", *SCRIPTED)
@@ -138,6 +143,7 @@ def load_recipe(name: str, *given: str, model: str = world.NAME) -> Any:
     rate, other = (table.get(model.removesuffix("_zsre"), {}).get(name) for table in (LEARNING_RATES, OTHERWISE))
     own = [] if rate is None else [f"--model.learning_rate={rate}"]
     own += [] if other is None else [f"--{other}"]
+    own += [VARIANT_SETTINGS[name]] if name in VARIANT_SETTINGS else []
     return recipe.load(VARIANTS.get(name, name), *own, *given)
 
 

@@ -208,6 +208,7 @@ def test_methods_without_a_file_have_callbacks_of_their_own(module: Any) -> None
     assert kinds["plain_lora"] == ["TokenLoss"]
     rates = methods.LEARNING_RATES["smollm2"]
     assert methods.load_recipe("ft_m", model="smollm2").model.init_args.learning_rate == rates["ft_m"]
+    assert methods.load_recipe("subject_values_prefixes").data.init_args.augmentation.prefixes == 2
     given = methods.load_recipe("ft_m", "--model.learning_rate=0.5", model="smollm2")
     assert given.model.init_args.learning_rate == 0.5
 

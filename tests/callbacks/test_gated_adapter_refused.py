@@ -54,7 +54,9 @@ def test_a_radius_of_zero_is_refused_and_a_small_one_gets_a_warning():
     # At the input of block 0, the state of a token does not depend on the tokens before it.
     texts = [f"The{edit.prompt[edit.prompt.rindex(' ') :]} and" for edit in edits]
     callback = GatedAdapter(texts, edits=edits, layer=0)
-    with pytest.raises(EditError, match=r"^GatedAdapter: 4 of 4 keys .* equal a hidden state of a text on which"):
+    with pytest.raises(
+        EditError, match=r"^GatedAdapter: 4 of 4 edited prompts have the same hidden state as a text on which"
+    ):
         train(adapted(model), tokenizer, edits, [callback], 1)
     model, callback = adapted(world.load()[0]), GatedAdapter(TEXTS, edits=edits, margin=1e-4)
     with pytest.warns(UserWarning, match=r"^GatedAdapter: \d of 4 keys .* are close to a hidden state of a text"):

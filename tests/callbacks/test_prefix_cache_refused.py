@@ -69,7 +69,7 @@ def unsupported_models() -> dict[str, tuple[Any, list[Any], str]]:
             [scope()],
             "stores only the hidden states that enter layer 3, but a later module also reads",
         ),
-        "unknown": (bloom, [scope()], "to the next layer, got no such stack"),
+        "unknown": (bloom, [scope()], "to the next layer, but BloomForCausalLM has none"),
     }
 
 

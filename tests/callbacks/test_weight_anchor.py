@@ -199,7 +199,8 @@ def test_optimizers_without_a_learning_rate_and_rates_that_overshoot_are_refused
         step(relative, WeightAnchor())
     step(relative, WeightAnchor(decoupled=False))
     with pytest.raises(
-        EditError, match=r"^WeightAnchor: learning rate \* strength must be <= 1, got 0.5 \* 4, which would move weight"
+        EditError,
+        match=r"^WeightAnchor: learning rate \* strength must be <= 1, got 0.5 \* 4, which would move 'weight'",
     ):
         step(lambda p: torch.optim.SGD(p, lr=0.5), WeightAnchor(strength=4.0))
 

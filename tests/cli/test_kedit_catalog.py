@@ -85,7 +85,7 @@ BAD = {
         "another callback also replaces the optimizer step; keep only one of PolyakStep, SecondOrderLocality "
         "and SubjectValues",
     ),
-    "conflict.yaml": (_callbacks("TokenLoss", "TokenSmoothing"), "keep only one token loss"),
+    "conflict.yaml": (_callbacks("TokenLoss", "TokenSmoothing"), "already replaces the training loss; keep only one"),
     "twice.yaml": (
         "trainer:\n  callbacks+:\n  - class_path: kedit_train.callbacks.EditMetrics\n    init_args:\n"
         "      every_n_steps: 1\n      every_n_steps: 2\n",

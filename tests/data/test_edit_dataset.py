@@ -187,7 +187,9 @@ def test_a_limit_above_the_number_of_bundled_edits_names_the_function_that_makes
         'EditDataset: limit must be an integer from 1 to 24 for the edits of "world", got 25; for more edits, save '
         "EditDataset(kedit_train.world.edits(25)) to a .jsonl file and load the file."
     )
-    with pytest.raises(EditError, match=r"^EditDataset: format must be .*edits.*, or None, got 'zsre'"):
+    with pytest.raises(
+        EditError, match=r"^EditDataset: format must be .*edits.*, or None, for the edits of .*, got 'zsre'"
+    ):
         EditDataset.load("world", format="zsre")
 
 

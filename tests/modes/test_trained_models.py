@@ -67,7 +67,9 @@ def test_single_restores_the_model_bit_for_bit() -> None:
     def widens(model: Any, edits: Sequence[Edit]) -> None:
         model.model.norm.weight = nn.Parameter(torch.ones(3))
 
-    with pytest.raises(EditError, match=r"training changed model.norm.weight from \(\d+,\) torch.float32 to \(3,\)"):
+    with pytest.raises(
+        EditError, match=r"training changed the tensor 'model.norm.weight' from \(\d+,\) torch.float32 to \(3,\)"
+    ):
         run_edits(model, tokenizer, world.edits(1), mode="single", train=widens, progress=False)
 
 
