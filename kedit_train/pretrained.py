@@ -174,7 +174,8 @@ def loading_errors(name: str, problem: str) -> Iterator[None]:
         raise
     # Damaged files cause many kinds of errors: tokenizers, for example, raises Exception itself.
     except Exception as error:
-        reason = shorten(str(error), 300).rstrip(".") or type(error).__name__
+        # The other sentences often give advice for users of transformers or torch.
+        reason = shorten(str(error).partition(". ")[0], 300).rstrip(".") or type(error).__name__
         local = "" if Path(name).exists() else " (no such folder on this machine)"
         raise EditError(
             f"model {name!r}{local} {problem}: {reason}; use a Hugging Face Hub name, a folder saved by "

@@ -218,8 +218,8 @@ def _span(entry: Any, data_start: int) -> Span:
     shape, dtype = entry["shape"], DTYPES.get(entry["dtype"])
     if not is_shape(shape):
         raise EditError(
-            f"no tensor can have the shape {cut(repr(shape))} (torch allows {_MAX_DIMENSIONS} dimensions and 2**63 - 1 "
-            "entries)"
+            f"a shape must be a list of at most {_MAX_DIMENSIONS} integers >= 0 with a product below 2**63, got "
+            f"{cut(repr(shape))}"
         )
     if not all(type(number) is int and number >= 0 for number in (start, end)) or end < start:
         raise EditError(f"the bytes of a tensor cannot go from {cut(repr(start))} to {cut(repr(end))}")

@@ -45,8 +45,8 @@ class GatedAdapter(EditCallback):
     Held texts are texts on which the adapter must not act. They are ``texts``, the prompts that ``neighbors`` adds, and
     every edited prompt without its last token. For each key, this callback measures the distance to the nearest hidden
     state in the held texts. The radius of the key is ``margin`` times this distance. If ``margin`` is below 1, the
-    adapter therefore does not act on the held texts. There is one exception: if a held text begins with a whole edited
-    prompt, the adapter acts from the last token of this prompt.
+    adapter therefore does not act on the held texts. There is one exception: a held text may begin with a whole edited
+    prompt. The last token of this prompt does not count for the distance, and the adapter acts from this token on.
 
     The gate is also active in training, so the adapter acts at the same positions in training and in inference. The
     gate stays on the model after training, also after an interruption. To remove it, call ``gate.remove()``. Until

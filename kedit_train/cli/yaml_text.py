@@ -69,8 +69,7 @@ def load_yaml(text: str) -> Any:
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         # PyYAML has no error of its own for a value that does not fit its tag, such as "!!int x".
         raise InvalidYAML(
-            "a value cannot be read, because it does not fit its type or tag, such as !!int, or because its key is not "
-            f"text ({error})"
+            f"a value does not fit its type or its tag (such as !!int), or a key is not text: {error}"
         ) from error
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from kedit_train.arguments import cut
 from kedit_train.errors import EditError
 from kedit_train.safetensors_file import load_tensors, save_tensors
 
@@ -86,7 +87,7 @@ def _put_tensors(value: Any, tensors: dict[str, Tensor]) -> Any:
         if set(value) == {_TENSOR}:
             name = value[_TENSOR]
             if not isinstance(name, str) or name not in tensors:
-                raise EditError(f"the metadata names a tensor {repr(name)[:80]} that the file does not contain.")
+                raise EditError(f"the metadata must name a tensor of this file, got {cut(repr(name), 80)}.")
             return tensors[name]
         return {name: _put_tensors(part, tensors) for name, part in value.items()}
     return value

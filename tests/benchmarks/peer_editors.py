@@ -128,7 +128,7 @@ EDITORS = {
     "kedit_default": Editor("`kedit_default`", KEDIT_TRAIN, "batch"),
     "subject_tokens": Editor("`subject_tokens`", KEDIT_TRAIN, "batch"),
     "subject_values": Editor("`subject_values`", KEDIT_TRAIN, "batch"),
-    "subject_values_prefixes": Editor("`subject_values`, two prefixes per edit", KEDIT_TRAIN, "batch"),
+    "subject_values_prefixes": Editor("`subject_values` with two prefixes", KEDIT_TRAIN, "batch"),
     "recipe_ft_m": Editor("`ft_m`", KEDIT_TRAIN, "batch"),
     "gated": Editor("`GatedAdapter`", KEDIT_TRAIN, "batch", memory=True),
     "one_by_one": Editor("`one_by_one.py`", KEDIT_TRAIN, "sequential"),

@@ -92,7 +92,7 @@ def failing_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
         ("trainer: &t {callbacks: *t}", ["the alias at line 1 contains itself"]),
         ("trainer: {callbacks: '&x [*x]'}", ["trainer.callbacks"]),
         (LAUGHS, ["the aliases expand to more than 100,000 characters"]),
-        ("trainer: {max_epochs: !!int x}", ["a value cannot be read"]),
+        ("trainer: {max_epochs: !!int x}", ["a value does not fit its type"]),
         ("trainer: {max_epochs: " + "9" * 5000 + "}", ["the number at line 1 has more than 100 digits"]),
     ],
 )

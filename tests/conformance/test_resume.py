@@ -61,9 +61,9 @@ def test_a_damaged_state_file_is_an_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("metadata", "problem"),
     [
-        ({"reference": {"w": {"__tensor__": "v"}}}, "names a tensor 'v' that the file does not contain"),
-        ({"reference": {"w": {"__tensor__": ["w"]}}}, r"names a tensor \['w'\] that the file does not contain"),
-        ({"reference": {"w": {"__tensor__": {}}}}, "names a tensor {} that the file does not contain"),
+        ({"reference": {"w": {"__tensor__": "v"}}}, "must name a tensor of this file, got 'v'"),
+        ({"reference": {"w": {"__tensor__": ["w"]}}}, r"must name a tensor of this file, got \['w'\]"),
+        ({"reference": {"w": {"__tensor__": {}}}}, "must name a tensor of this file, got {}"),
         ({"__tensor__": "w"}, "the metadata must be a mapping, got Tensor"),
         ([], "the metadata must be a mapping, got list"),
     ],

@@ -119,7 +119,7 @@ def test_shapes_that_no_tensor_can_have_are_refused_at_once(tmp_path):
         text = {"kedit_train.delta": "{}", "kedit_train.delta.sha256": "0" * 64}
         header = json.dumps({"__metadata__": text, "before/w": entry}).encode()
         path.write_bytes(len(header).to_bytes(8, "little") + header)
-        with pytest.raises(EditError, match=r"no tensor can have the shape .* \(torch allows 64 dimensions") as error:
+        with pytest.raises(EditError, match=r"a shape must be a list of at most 64 integers >= 0 .* got \[") as error:
             EditDelta.load(path)
         assert len(str(error.value)) < 1000
 
