@@ -114,16 +114,18 @@ def overtone_statistics(
     """Compute the OverTone loss of each token, like :func:`overtone`, and also statistics of the targets.
 
     Let p be the model's distribution, and Z its log normalizer. Let f be the filtered distribution (p without unlikely
-    tokens), and Z_f its log normalizer. The target t is the mixture of f and the one-hot label y. The divergence
-    KL(t || p) is a sum over the vocabulary. The terms of all tokens except y need no loop, because they add up to
-    ``(1 - t_y) (log(1 - label_weight) + Z - Z_f)``.
+    tokens), and Z_f its log normalizer. If the label y is the most probable token of the mixture of f and the one-hot
+    label, then the target t is this mixture. Otherwise t is the one-hot label.
+
+    The loss is the divergence KL(t || p), a sum over the vocabulary. If t is the mixture, then the terms of all tokens
+    except y add up to ``(1 - t_y) (log(1 - label_weight) + Z - Z_f)``, so the vocabulary is not looped over.
 
     Args:
         logits, labels, label_weight, epsilon, n_sigma, vocab_size: as for :func:`overtone`.
 
     Returns:
-        Five tensors [N]: the loss in nats, whether the divergence is above ``epsilon`` (bool), whether the mixture is
-        the target (bool), the number of tokens that pass the filter, and the probability of the label in the target.
+        Five tensors [N]: the loss in nats, whether the divergence is above ``epsilon`` (bool), whether the target is
+        the mixture (bool), the number of tokens that pass the filter, and the probability of the label in the target.
     """
     size = logits.shape[-1] if vocab_size is None else vocab_size
 

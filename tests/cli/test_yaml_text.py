@@ -25,7 +25,7 @@ from kedit_train.cli.yaml_text import MAX_EXPANDED, InvalidYAML, load_yaml
         ("a: !!int x", "a value does not fit its type"),
         ("a: !!bool x", "a value does not fit its type"),
         ("a: !!timestamp x", "a value does not fit its type"),
-        ("a: 1\nb: [", "while parsing a flow node did not find expected node content at line 3, column 1"),
+        ("a: 1\nb: [", "while parsing a flow node: did not find expected node content at line 3, column 1"),
         ("a: !!python/object:os.system x", "could not determine a constructor for the tag"),
         ("a: !%0ab x", "could not determine a constructor for the tag '!\\nb'"),
         ("a: !" + "x" * 5000, "could not determine a constructor for the tag"),

@@ -192,9 +192,10 @@ class Editing:
         return run.state()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue an interrupted edit. Call this method before the first ``before_step()``.
+        """Continue an interrupted edit.
 
-        First, load the weights that were saved together with ``state`` into the model, inside the ``editing`` block.
+        Inside the ``editing`` block, first load the weights that were saved together with ``state`` into the model.
+        Then call this method, and after it the first ``before_step()``.
 
         Args:
             state: the result of :meth:`state_dict`.
