@@ -60,8 +60,9 @@ def load_yaml(text: str) -> Any:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = "" if mark is None else f" at line {mark.line + 1}, column {mark.column + 1}"
-        # PyYAML's problem reads "expected ..." or "did not find ...". Its context reads "while parsing ...".
-        reason = ": ".join(part for part in (error.context, error.problem) if part)
+        # The context is the beginning of a sentence ("expected a single document, "), or "while parsing a block".
+        link = ": " if (error.context or "").startswith("while") else " "
+        reason = link.join(part for part in (error.context, error.problem) if part)
         raise InvalidYAML(f"{reason}{where}") from error
     except yaml.YAMLError as error:
         raise InvalidYAML(str(error).replace('in "<unicode string>", position', "at position")) from error

@@ -192,10 +192,9 @@ class Editing:
         return run.state()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue an interrupted edit.
+        """Continue an interrupted edit. Call this method before the first ``before_step()``.
 
-        Inside the ``editing`` block, first load the weights that were saved together with ``state`` into the model.
-        Then call this method, and after it the first ``before_step()``.
+        Before the call, load the weights that were saved together with ``state``, inside the ``editing`` block.
 
         Args:
             state: the result of :meth:`state_dict`.
