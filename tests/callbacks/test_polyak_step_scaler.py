@@ -33,6 +33,16 @@ def loader_for(module: Any) -> Any:
     return torch.utils.data.DataLoader(examples, batch_size=8, collate_fn=EditCollator(module.tokenizer))
 
 
+class ClipValues(L.Callback):
+    """Collects the clip value that Lightning uses in each step."""
+
+    def __init__(self) -> None:
+        self.values: list[Any] = []
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        self.values.append(trainer.gradient_clip_val)
+
+
 def callbacks_of_run() -> list[Any]:
     return [ParameterScope(0.7, modules="mlp.down_proj.weight"), TokenLoss("cross_entropy"), PolyakStep()]
 
@@ -88,16 +98,17 @@ def test_lightning_does_not_clip_the_gradients():
     weights = []
     for clip in (None, 1e-3):
         torch.manual_seed(0)
-        module = Module(fused=False)
+        module, used = Module(fused=False), ClipValues()
         trainer = L.Trainer(
-            max_epochs=2, callbacks=callbacks_of_run(), gradient_clip_val=clip, accelerator="cpu", logger=False,
-            enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+            max_epochs=2, callbacks=[*callbacks_of_run(), used], gradient_clip_val=clip, accelerator="cpu",
+            logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
         )  # fmt: skip
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             trainer.fit(module, loader_for(module))
         messages = [str(w.message) for w in caught if "gradient_clip_val" in str(w.message)]
         assert ["set gradient_clip_val=0 to avoid" in m for m in messages] == ([True] if clip else [])
+        assert used.values == [None, None]
         # The argument of the trainer is as before.
         assert trainer.gradient_clip_val == clip
         weights.append({name: p.detach().clone() for name, p in module.model.named_parameters()})

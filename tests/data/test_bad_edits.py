@@ -14,10 +14,10 @@ from kedit_train.errors import EditError
     ("edit", "message"),
     [
         ("text", "the item must be an Edit, got text; use EditDataset.from_records to read dicts"),
-        (Edit("", "t"), "prompt must be text, got blank text."),
-        (Edit("p", " "), "target must be text, got blank text."),
+        (Edit("", "t"), "prompt must be text, got an empty string."),
+        (Edit("p", " "), "target must be text, got only white space."),
         (Edit("p", 3), "target must be text, got a number."),  # pyright: ignore[reportArgumentType]
-        (Edit("p", "t", ""), "subject must be text, got blank text."),
+        (Edit("p", "t", ""), "subject must be text, got an empty string."),
         (Edit("p", "t", aliases=["a"]), "aliases must be a tuple of texts, got a list; use tuple(...)"),  # pyright: ignore[reportArgumentType]
         (Edit("p", "t", rephrases="abc"), "rephrases must be a tuple of texts, got text; use tuple(...)"),  # pyright: ignore[reportArgumentType]
         (
@@ -25,7 +25,10 @@ from kedit_train.errors import EditError
             "locality must be a dict with a tuple of Probe objects for each kind of probe, got ().",
         ),
         (Edit("p", "t", locality={"k": ("q",)}), "locality['k'] must be a tuple of Probe objects, got ('q',)."),  # pyright: ignore[reportArgumentType]
-        (Edit("p", "t", portability={"k": (Probe(""),)}), "portability['k'][0].prompt must be text, got blank text."),
+        (
+            Edit("p", "t", portability={"k": (Probe(""),)}),
+            "portability['k'][0].prompt must be text, got an empty string.",
+        ),
         (Edit("p", "t", id=4), "id must be text, got a number."),  # pyright: ignore[reportArgumentType]
         (Edit("p", "\ud800"), "target must be valid Unicode, got a lone surrogate at character 0; correct the encoding"),  # noqa: E501
     ],

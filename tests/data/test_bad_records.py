@@ -34,13 +34,13 @@ def changed(name: str, change: dict[str, Any]) -> dict[str, Any]:
 CASES: list[tuple[str, dict[str, Any], str]] = [
     ("edits", {"target": ...}, "field 'target' must be text, but is missing"),
     ("edits", {"target": None}, "field 'target' must be text, got null"),
-    ("edits", {"target": " \n"}, "field 'target' must be text, got blank text"),
+    ("edits", {"target": " \n"}, "field 'target' must be text, got only white space"),
     ("edits", {"target": 1984}, "field 'target' must be text, got a number"),
     ("edits", {"target": ["t"]}, "field 'target' must be text, got a list"),
-    ("edits", {"prompt": ""}, "field 'prompt' must be text, got blank text"),
+    ("edits", {"prompt": ""}, "field 'prompt' must be text, got an empty string"),
     ("edits", {"subject": 3}, "field 'subject' must be text, got a number"),
     ("edits", {"aliases": [1]}, "field 'aliases[0]' must be text, got a number"),
-    ("edits", {"rephrases": ["r", ""]}, "field 'rephrases[1]' must be text, got blank text"),
+    ("edits", {"rephrases": ["r", ""]}, "field 'rephrases[1]' must be text, got an empty string"),
     ("edits", {"rephrases": {"a": 1}}, "field 'rephrases' must be text or a list of texts, got a mapping"),
     ("edits", {"id": 1.5}, "field 'id' must be text or a whole number, got a decimal number"),
     (
@@ -58,7 +58,7 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
     ("counterfact", {"ground_truth": 5}, "field 'ground_truth' must be text or a list of texts, got a number"),
     ("counterfact", {"rephrase_prompt": True}, "field 'rephrase_prompt' must be text or a list of texts, got a boolean"),  # noqa: E501
     ("counterfact", {"locality_ground_truth": "a"}, "field 'locality_prompt' must be text, but is missing"),
-    ("zsre", {"alt": ""}, "field 'alt' must be text, got blank text"),
+    ("zsre", {"alt": ""}, "field 'alt' must be text, got an empty string"),
     ("zsre", {"src": ...}, "field 'src' must be text, but is missing"),
     ("zsre", {"answers": ["a", None]}, "field 'answers[1]' must be text, got null"),
     ("knowedit", {"target_new": float("nan")}, "field 'target_new' must be text, got a number"),
@@ -96,11 +96,11 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
     ("mquake", {"requested_rewrite": ...}, "field 'requested_rewrite' must be a list of mappings, but is missing"),
     ("mquake", {"requested_rewrite.0.target_new": ...}, "field 'requested_rewrite[0].target_new' must be a mapping, but is missing"),  # noqa: E501
     ("mquake", {"new_answer": ...}, "field 'new_answer' must be text, but is missing"),
-    ("documents", {"text": " "}, "field 'text' must be text, got blank text"),
+    ("documents", {"text": " "}, "field 'text' must be text, got only white space"),
     ("documents", {"questions.0.prompt": ...}, "field 'questions[0].prompt' must be text, but is missing"),
     ("unkebench", {"answer": ...}, "field 'answer' must be text, but is missing"),
     ("unkebench", {"sub_answer": []}, "field 'sub_answer' must be a list as long as the list sub_question (length 1), got a list of length 0"),  # noqa: E501
-    ("akew", {"requested_rewrite.fact_new_uns": ""}, "field 'requested_rewrite.fact_new_uns' must be text, got blank text"),  # noqa: E501
+    ("akew", {"requested_rewrite.fact_new_uns": ""}, "field 'requested_rewrite.fact_new_uns' must be text, got an empty string"),  # noqa: E501
     (
         "akew",
         {"requested_rewrite.unsfact_triplets_GPT.0.target": None},

@@ -23,9 +23,8 @@ def test_counterfact_is_read_completely(shared: Path) -> None:
 
 def test_zsre_has_two_records_without_a_target(shared: Path) -> None:
     path = shared / "data/zsre_mend_1k.json"
-    reason = (
-        'must be text, got blank text; correct the record, or pass on_error="skip" to leave out records with errors'
-    )
+    advice = 'correct the record, or pass on_error="skip" to leave out records with errors'
+    reason = f"must be text, got an empty string; {advice}"
     with pytest.raises(EditError) as caught:
         EditDataset.load(path)
     assert str(caught.value) == f"{path}, record 535: field 'alt' {reason}"

@@ -27,11 +27,12 @@ def quoted(names: Iterable[object]) -> str:
 
 
 def describe(value: object) -> str:
-    """Describe the type of a JSON value in words: "null", "text", "blank text", "a number", and so on."""
+    """Describe the type of a JSON value in words: "null", "text", "an empty string", "a number", and so on."""
     if value is None:
         return "null"
     if isinstance(value, str):
-        invisible = "blank text" if not value.strip() else "only invisible characters"
+        blank = "only white space" if value else "an empty string"
+        invisible = blank if not value.strip() else "only invisible characters"
         return "text" if is_visible(value) else invisible
     if isinstance(value, bool):
         return "a boolean"
