@@ -16,10 +16,10 @@ def check_gradients(run: RunState, penalized: bool = False) -> None:
     If no parameter has a gradient at the first step, the loss does not depend on the scope, so training would change
     nothing. A sharded scope is checked at every step, any other scope only at the first step.
 
-    Gradients that are all zero count as missing only in a run with a penalty on the weights. Such a penalty gives each
-    parameter a gradient even if the loss does not depend on the scope, and this gradient is zero at the first step.
-    There are two exceptions, in which zeros are allowed: the token loss ignores learned tokens, or the trainer computes
-    its own loss. Without a penalty, zeros are allowed, because the model may already give the new answers.
+    Without a penalty on the weights, gradients that are all zero are allowed, because the model may already give the
+    new answers. With a penalty, they count as missing: the penalty gives each parameter a gradient even if the loss
+    does not depend on the scope, and this gradient is zero at the first step. Even with a penalty, zeros are allowed if
+    the token loss ignores learned tokens, or if the trainer computes its own loss.
 
     Experts are not checked, because the tokens of a batch may all be routed to other experts.
 
