@@ -116,10 +116,10 @@ class PolyakStep(EditCallback):
         # After gradient clipping, the gradient would no longer predict how much a step reduces the loss.
         clipping = run.host.disable_clipping()
         if clipping is not None:
-            name, _, _ = clipping.partition("=")
+            name, value = clipping
             warn(
-                f"{clipping} is ignored during this training, because this callback chooses the length of each step "
-                f"itself; set {name}=0 to avoid this warning."
+                f"{name}={value:g} is ignored during this training, because this callback chooses the length of each "
+                f"step itself; set {name}=0 to avoid this warning."
             )
         self._norm = total(wide(run.reference[name]).square() for name in run.scope) ** 0.5
         if self._norm == 0.0:

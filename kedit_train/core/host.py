@@ -120,12 +120,12 @@ class Host:
         """Whether the loop loads the weights of its best checkpoint when training ends."""
         return False
 
-    def disable_clipping(self) -> str | None:
+    def disable_clipping(self) -> tuple[str, float] | None:
         """Turn off the gradient clipping of the trainer.
 
         Returns:
-            The name of the trainer's argument and its value, for example "max_grad_norm=1". None if the trainer does
-            not clip gradients.
+            The name of the trainer's argument and its value, for example ("max_grad_norm", 1.0). None if the trainer
+            does not clip gradients.
         """
         return None
 

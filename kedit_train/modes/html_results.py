@@ -82,8 +82,8 @@ def _points(result: Any) -> list[Point]:
         held_out = trial is result.held_out
         points.append(
             Point(
-                # Without probes, there is no score, and the point is drawn at 1. Otherwise, the setting would look
-                # worse than the others.
+                # If a score could not be measured, the point is drawn at 1, so that the setting does not look worse
+                # than the others.
                 x=1.0 if trial.locality is None else trial.locality,
                 y=1.0 if trial.generality is None else trial.generality,
                 title=f"{'held out, ' if held_out else ''}{trial.edits} edits: {trial.setting}",

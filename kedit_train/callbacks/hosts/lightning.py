@@ -111,12 +111,13 @@ class LightningHost(Host):
     def forward_context(self) -> AbstractContextManager[Any]:
         return self.trainer.precision_plugin.forward_context()
 
-    def disable_clipping(self) -> str | None:
-        if not self.trainer.gradient_clip_val:
+    def disable_clipping(self) -> tuple[str, float] | None:
+        value = self.trainer.gradient_clip_val
+        if not value:
             return None
         # Lightning reads this attribute in every step.
-        self._clip_value, self.trainer.gradient_clip_val = self.trainer.gradient_clip_val, None
-        return f"gradient_clip_val={self._clip_value:g}"
+        self._clip_value, self.trainer.gradient_clip_val = value, None
+        return "gradient_clip_val", value
 
     def restore_clipping(self) -> None:
         if self._clip_value is not None:

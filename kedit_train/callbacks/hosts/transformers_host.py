@@ -168,12 +168,13 @@ class TransformersHost(Host):
         hidden = f"{FILE}.*.unfinished"
         remove_abandoned([*output.glob(f".checkpoint-*-{hidden}"), *output.glob(f"checkpoint-*/.{hidden}")])
 
-    def disable_clipping(self) -> str | None:
-        if not self.args.max_grad_norm or self.args.max_grad_norm <= 0:
+    def disable_clipping(self) -> tuple[str, float] | None:
+        value = self.args.max_grad_norm
+        if not value or value <= 0:
             return None
         # The trainer reads this argument in every step.
-        self._largest_norm, self.args.max_grad_norm = self.args.max_grad_norm, 0.0
-        return f"max_grad_norm={self._largest_norm:g}"
+        self._largest_norm, self.args.max_grad_norm = value, 0.0
+        return "max_grad_norm", value
 
     def restore_clipping(self) -> None:
         if self._largest_norm is not None:

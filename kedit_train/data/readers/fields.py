@@ -27,13 +27,15 @@ def quoted(names: Iterable[object]) -> str:
 
 
 def describe(value: object) -> str:
-    """Describe the type of a JSON value in words: "null", "text", "an empty string", "a number", and so on."""
+    """Return the type of a JSON value in words, such as "null", "text", "an empty string" or "a number"."""
     if value is None:
         return "null"
     if isinstance(value, str):
-        blank = "only white space" if value else "an empty string"
-        invisible = blank if not value.strip() else "only invisible characters"
-        return "text" if is_visible(value) else invisible
+        if is_visible(value):
+            return "text"
+        if not value:
+            return "an empty string"
+        return "only invisible characters" if value.strip() else "only white space"
     if isinstance(value, bool):
         return "a boolean"
     if isinstance(value, (int, float)):
